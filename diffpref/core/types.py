@@ -1,0 +1,92 @@
+"""The tensors that travel between stages. Everything is laid out as (G, K, ...).
+
+G  groups: one prompt (or one prompt and user) each
+K  images in a group, best first: K = 2 is a pair, K > 2 a ranking, K = 1 unpaired
+C h w  channels, height and width of a latent
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+from diffpref.core.random import PairRandom
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Everything the denoiser sees besides x_t and t."""
+
+    prompt_embeds: Tensor  # (G, K, L, D)
+    pooled_prompt_embeds: Tensor | None = None  # (G, K, P), SDXL
+    time_ids: Tensor | None = None  # (G, K, 6) in pixels, SDXL
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
+        """Apply `fn` to every tensor that is present."""
+        present = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{name: fn(x) for name, x in present.items() if x is not None})
+
+
+@dataclass(frozen=True)
+class PathStep:
+    """A place on the diffusion path where a perfect policy would have predicted `target`."""
+
+    x_t: Tensor  # (G, K, C, h, w)
+    timesteps: Tensor  # (G, K) int64 in [0, T)
+    target: Tensor  # (G, K, C, h, w), in the model's own parameterisation
+    weight: Tensor  # (G, K), multiplies the mean squared error
+
+
+@dataclass(frozen=True)
+class PreferenceBatch:
+    """What a source yields, whether it read it from disk or sampled it."""
+
+    latents: Tensor  # (G, K, C, h, w), scaled by the VAE factor
+    cond: Conditioning
+    relevance: Tensor  # (G, K) float32; for pairs the probability that this image is the better one
+    pair_ids: tuple[str, ...]  # (G,)
+    visits: tuple[int, ...]  # (G,), how often the pair was seen before
+
+    @property
+    def group_shape(self) -> torch.Size:
+        """(G, K)."""
+        return self.relevance.shape
+
+    def first(self, images: int) -> PreferenceBatch:
+        """The same groups with their first `images` images only."""
+        if images >= self.relevance.shape[1]:
+            return self
+        return replace(
+            self,
+            latents=self.latents[:, :images],
+            cond=self.cond.map(lambda x: x[:, :images]),
+            relevance=self.relevance[:, :images],
+        )
+
+    def random(self, seed: int) -> PairRandom:
+        """The draws that belong to these pairs at these visits."""
+        return PairRandom(seed, self.pair_ids, self.visits)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Predictions of policy and reference at the same step."""
+
+    step: PathStep
+    policy: Tensor  # (G, K, C, h, w), carries gradient
+    reference: Tensor | None  # (G, K, C, h, w), no gradient; None if the method needs none
+
+
+@dataclass(frozen=True)
+class LossOutput:
+    """What a method returns."""
+
+    per_group: Tensor  # (G,)
+    metrics: dict[str, Tensor]  # scalars, detached
+
+
+Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
+"""(x_t (G, K, C, h, w), timesteps (G, K), conditioning) -> prediction (G, K, C, h, w)."""

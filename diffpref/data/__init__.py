@@ -1,0 +1,1 @@
+"""From files to validated preference pairs: schema, safe image decoding, pair datasets, sampling and loading."""

@@ -1,0 +1,1 @@
+"""From generated pictures and their scores to a table and a page."""

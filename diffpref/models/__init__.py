@@ -1,0 +1,1 @@
+"""Model families: load, encode, predict, decode. One family, one file."""

@@ -1,0 +1,1 @@
+"""Reward models: (images, prompts) -> scores (N,)."""

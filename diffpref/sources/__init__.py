@@ -1,0 +1,1 @@
+"""Who makes preference batches; every source is a generator."""

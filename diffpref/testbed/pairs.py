@@ -1,0 +1,140 @@
+"""Preference pairs of the testbed: sampled, labelled by a noisy Bradley-Terry judge, stored in the Pick-a-Pic v2 schema."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image, ImageEnhance, ImageFilter
+
+from diffpref.core.random import uniform
+from diffpref.evaluation.generate import Images
+from diffpref.testbed.prompts import draw_prompts
+from diffpref.testbed.reward import reward
+from diffpref.testbed.sampling import Sampler, sample_parallel
+
+Regime = Literal["own", "mismatch", "noisy"]
+REGIMES: dict[str, str] = {
+    "own": "two samples of the base model itself, 70 % of the labels agree with the true reward",
+    "mismatch": "samples of a worse generator (4 steps, guidance 1.5) in another style (muted, soft), 70 % agreement",
+    "noisy": "samples of the base model, 12 % ties, 60 % of the other labels agree with the true reward",
+}
+AGREEMENT = {"own": 0.70, "mismatch": 0.70, "noisy": 0.60}
+TIES = {"own": 0.0, "mismatch": 0.0, "noisy": 0.12}
+JPEG_QUALITY = 92
+NUM_USERS = 12
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Labels of N pairs."""
+
+    p0: np.ndarray  # (N,) 1, 0, or 0.5 for a tie
+    temperature: float  # of the judge
+
+    def agreement(self, difference: np.ndarray) -> float:
+        """Share of the labels, without ties, that agree with the sign of the true reward difference (N,), image 0 minus 1."""
+        decided = self.p0 != 0.5
+        return float((np.sign(difference[decided]) == np.sign(self.p0[decided] - 0.5)).mean())
+
+
+def judge(difference: np.ndarray, agreement: float, tie_share: float, seed: int) -> Labels:
+    """Bradley-Terry labels: P(image 0 wins) = sigmoid(difference / temperature), ties where the difference is least.
+
+    The temperature is the one at which `agreement` of the labels is expected to follow the sign of `difference` (N,).
+    """
+    tied = np.argsort(np.abs(difference), kind="stable")[: round(tie_share * len(difference))]
+    decided = np.setdiff1d(np.arange(len(difference)), tied)
+    low, high = 1e-3, 1e3
+    for _ in range(60):
+        middle = np.sqrt(low * high)
+        expected = (1 / (1 + np.exp(-np.abs(difference[decided]) / middle))).mean()
+        low, high = (middle, high) if expected > agreement else (low, middle)
+    chance = 1 / (1 + np.exp(-difference / low))
+    draws = np.array([uniform(seed, "judge", i) for i in range(len(difference))])
+    p0 = (draws < chance).astype(float)
+    p0[tied] = 0.5
+    return Labels(p0, float(low))
+
+
+def sample_regime(regime: str, model: str, prompts: list[str], seed: int, num_processes: int) -> tuple[Images, Images]:
+    """Both pictures of each pair, uint8 (N, 64, 64, 3) twice."""
+    sampler = Sampler(model, steps=4, guidance=1.5) if regime == "mismatch" else Sampler(model)
+    first = 1_000_000 * (seed + 1)
+    seeds = list(range(first, first + 2 * len(prompts)))
+    images = sample_parallel(sampler, [*prompts, *prompts], seeds, num_processes)
+    if regime == "mismatch":
+        images = np.stack([restyle(image) for image in images])
+    return images[: len(prompts)], images[len(prompts) :]
+
+
+def restyle(image: np.ndarray) -> np.ndarray:
+    """The style of the other generator: half the saturation and soft outlines. uint8 (64, 64, 3)."""
+    muted = ImageEnhance.Color(Image.fromarray(image)).enhance(0.5)
+    return np.asarray(muted.filter(ImageFilter.GaussianBlur(0.8)))
+
+
+def make_pairs(regime: str, model: str, num_pairs: int, seed: int, num_processes: int, out: Path) -> dict[str, float]:
+    """Sample, label and write `out`/<regime>.parquet; returns what the set is like."""
+    prompts = draw_prompts("pairs", num_pairs).texts
+    images_0, images_1 = sample_regime(regime, model, prompts, seed, num_processes)
+    images_0, encoded_0 = through_jpeg(images_0)
+    images_1, encoded_1 = through_jpeg(images_1)
+    difference = reward(images_0, prompts) - reward(images_1, prompts)
+    labels = judge(difference, AGREEMENT[regime], TIES[regime], seed)
+    out.mkdir(parents=True, exist_ok=True)
+    model_name = "testbed-base" if regime != "mismatch" else "testbed-base-4-steps-restyled"
+    table = pick_a_pic_table(prompts, encoded_0, encoded_1, labels.p0, seed, model_name)
+    pq.write_table(table, out / f"{regime}.parquet", compression="zstd")
+    return {
+        "pairs": float(num_pairs),
+        "ties": float((labels.p0 == 0.5).sum()),
+        "agreement": labels.agreement(difference),
+        "temperature": labels.temperature,
+        "mean_absolute_difference": float(np.abs(difference).mean()),
+    }
+
+
+def through_jpeg(images: Images) -> tuple[Images, list[bytes]]:
+    """(what training will see, JPEG bytes) of pictures."""
+    encoded = []
+    for image in images:
+        buffer = io.BytesIO()
+        Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+        encoded.append(buffer.getvalue())
+    return np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in encoded]), encoded
+
+
+def pick_a_pic_table(prompts: list[str], encoded_0: list[bytes], encoded_1: list[bytes], p0: np.ndarray, seed: int, model: str) -> pa.Table:
+    """Rows in the Pick-a-Pic v2 schema; label_0 = 1 means that image 0 is preferred, 0.5 is a tie."""
+    rows = range(len(prompts))
+    uids = [[f"tb{seed}-{i:05d}-{k}" for i in rows] for k in (0, 1)]
+    best = [uids[0][i] if p > 0.5 else uids[1][i] if p < 0.5 else "tie" for i, p in enumerate(p0)]
+    return pa.table(
+        {
+            "are_different": [True for _ in rows],
+            "best_image_uid": best,
+            "caption": prompts,
+            "created_at": ["2026-11-21T00:00:00" for _ in rows],
+            "has_label": [True for _ in rows],
+            "image_0_uid": uids[0],
+            "image_0_url": ["" for _ in rows],
+            "image_1_uid": uids[1],
+            "image_1_url": ["" for _ in rows],
+            "jpg_0": pa.array(encoded_0, pa.binary()),
+            "jpg_1": pa.array(encoded_1, pa.binary()),
+            "label_0": pa.array(p0, pa.float64()),
+            "label_1": pa.array(1 - p0, pa.float64()),
+            "model_0": [model for _ in rows],
+            "model_1": [model for _ in rows],
+            "ranking_id": pa.array(list(rows), pa.int64()),
+            "user_id": pa.array([int(uniform(seed, "user", i) * NUM_USERS) for i in rows], pa.int64()),
+            "num_example_per_prompt": pa.array([1 for _ in rows], pa.int64()),
+            "__index_level_0__": pa.array(list(rows), pa.int64()),
+        }
+    )

@@ -1,0 +1,93 @@
+"""The testbed's ground truth: a structural reward that no pixel filter can raise, and the tastes of simulated users.
+
+    reward = 3 place + 1 upright + 1 beside + 2 follow            range [0, 7]
+
+    place    1 - distance(object centre, PREFERRED_POINT) / 24 px, at least 0
+    upright  1 - tilt / 30 degrees, at least 0; 1 for circle and ring, which have no posture
+    beside   (1 + cos(direction of the companion from the object)) / 2: 1 right of it, 0 left of it or absent
+    follow   share of the four stated attributes (colour, background, shape, size) that the picture shows
+
+Saturation, brightness and shading are in no part of it; they appear in the users' tastes only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from diffpref.testbed.checker import Reading, follows, read
+
+PREFERRED_POINT = (22.0, 22.0)
+"""Pixels from the left and the top; the base model's objects centre around (32, 32)."""
+REACH = 24.0
+"""Distance in pixels at which the place part reaches 0."""
+WEIGHTS: Mapping[str, float] = {"place": 3.0, "upright": 1.0, "beside": 1.0, "follow": 2.0}
+
+TASTES: Mapping[str, Mapping[str, float]] = {
+    "left": {"left": 3.0, "follow": 2.0},
+    "right": {"right": 3.0, "follow": 2.0},
+    "upright": {"upright": 3.0, "follow": 2.0},
+    "leaning": {"leaning": 3.0, "follow": 2.0},
+    "alone": {"alone": 2.0, "follow": 2.0},
+    "accompanied": {"accompanied": 2.0, "follow": 2.0},
+    "vivid": {"vivid": 3.0, "follow": 2.0},
+    "muted": {"muted": 3.0, "follow": 2.0},
+}
+"""Weights over named qualities for simulated users; neighbours in the list contradict each other."""
+
+
+def qualities(reading: Reading, prompts: list[str]) -> dict[str, np.ndarray]:
+    """Every named quality of N pictures, each float64 (N,) in [0, 1]."""
+    distance = np.hypot(reading.x - PREFERRED_POINT[0], reading.y - PREFERRED_POINT[1])
+    lean = np.clip(np.nan_to_num(reading.tilt, nan=0.0) / 30.0, 0, 1)
+    direction = np.radians(np.nan_to_num(reading.companion_angle))
+    left = np.clip((44.0 - reading.x) / 24.0, 0, 1)
+    vivid = reading.saturation * (0.5 + 0.5 * reading.value)
+    return {
+        "place": np.clip(1 - distance / REACH, 0, 1),
+        "upright": 1 - lean,
+        "beside": np.where(reading.companion, 0.5 + 0.5 * np.cos(direction), 0.0),
+        "follow": np.mean(list(follows(reading, prompts).values()), axis=0),
+        "left": left,
+        "right": 1 - left,
+        "leaning": lean,
+        "alone": 1.0 - reading.companion,
+        "accompanied": 1.0 * reading.companion,
+        "vivid": vivid,
+        "muted": 1 - vivid,
+    }
+
+
+def reward_parts(images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray]:
+    """The unweighted parts of the primary reward of uint8 images (N, 64, 64, 3), each (N,) in [0, 1]."""
+    found = qualities(read(images), prompts)
+    return {name: found[name] for name in WEIGHTS}
+
+
+def reward(images: np.ndarray, prompts: list[str]) -> np.ndarray:
+    """The primary reward, float64 (N,) in [0, 7]."""
+    return total(reward_parts(images, prompts))
+
+
+def total(parts: Mapping[str, np.ndarray], weights: Mapping[str, float] = WEIGHTS) -> np.ndarray:
+    """Weighted sum of named parts (N,)."""
+    return sum((w * parts[name] for name, w in weights.items()), np.zeros(len(next(iter(parts.values())))))
+
+
+def user_score(taste: str, images: np.ndarray, prompts: list[str]) -> np.ndarray:
+    """What a simulated user of TASTES thinks of pictures, float64 (N,). Raises ValueError for an unknown taste."""
+    if taste not in TASTES:
+        raise ValueError(f"taste {taste!r} is not one of {', '.join(TASTES)}")
+    return total(qualities(read(images), prompts), TASTES[taste])
+
+
+def unrewarded(reading: Reading) -> dict[str, np.ndarray]:
+    """Attributes that neither caption nor reward mentions, whose spread measures diversity. (N,) each."""
+    return {
+        "object_saturation": reading.saturation,
+        "object_value": reading.value,
+        "background_saturation": reading.background_saturation,
+        "background_value": reading.background_value,
+        "shading": reading.shading,
+    }

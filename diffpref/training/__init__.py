@@ -1,0 +1,1 @@
+"""Everything a run needs around the loop, and the loop."""

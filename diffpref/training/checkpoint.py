@@ -1,0 +1,143 @@
+"""Checkpoints: tensors in safetensors, numbers in JSON, complete or invisible.
+
+A checkpoint is written into a hidden folder, listed in a manifest with sizes and SHA-256, flushed to disk and renamed. A
+kill or a full disk at any moment therefore leaves the newest complete one in place; the oldest is removed afterwards.
+Nothing is unpickled, and no generator state is needed: every draw of the run is keyed (core/random.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+FORMAT = 1
+_MANIFEST = "manifest.json"
+
+
+def save_checkpoint(run_folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int | None) -> Path:
+    """Write checkpoint-<step> with one safetensors file per entry of `tensors` and trainer_state.json, then prune to `keep`.
+
+    Raises OSError when the disk is full, after removing what was begun, and FloatingPointError for a non-finite tensor.
+    """
+    final, hidden = run_folder / f"checkpoint-{step}", run_folder / f".tmp-checkpoint-{step}-{os.getpid()}"
+    if final.exists():
+        return final
+    for part, named in tensors.items():
+        bad = [name for name, x in named.items() if not torch.isfinite(x).all()]
+        if bad:
+            raise FloatingPointError(f"checkpoint of step {step} not written: {part} {bad[0]} is not finite")
+    try:
+        hidden.mkdir(parents=True)
+        for part, named in tensors.items():
+            save_file({name: x.detach().cpu().contiguous() for name, x in named.items()}, hidden / f"{part}.safetensors")
+        (hidden / "trainer_state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in sorted(hidden.iterdir())}
+        (hidden / _MANIFEST).write_text(json.dumps(files, indent=1))
+        for path in (*hidden.iterdir(), hidden):
+            _flush(path)
+        hidden.rename(final)
+        _flush(run_folder)
+    except BaseException:
+        shutil.rmtree(hidden, ignore_errors=True)
+        raise
+    for old in checkpoints(run_folder)[: -keep if keep else 0]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def checkpoints(run_folder: Path) -> list[Path]:
+    """All checkpoint folders, oldest first."""
+    found = [p for p in run_folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+
+
+def is_complete(folder: Path) -> bool:
+    """Whether every file of the manifest is there with its size and SHA-256."""
+    try:
+        files = json.loads((folder / _MANIFEST).read_text())
+        return all((folder / n).stat().st_size == f["bytes"] and _digest(folder / n) == f["sha256"] for n, f in files.items())
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def find_checkpoint(run_folder: Path, wanted: str) -> tuple[Path | None, list[str]]:
+    """The checkpoint that resume_from_checkpoint asks for, and a warning per damaged one that was passed over.
+
+    "latest" is the newest complete one, None if there is none at all; a path or a name must exist and be complete. Damaged
+    folders are renamed to bad-... . Raises ValueError when the wanted one is unusable or all are damaged.
+    """
+    for left in run_folder.glob(".tmp-checkpoint-*"):
+        shutil.rmtree(left, ignore_errors=True)
+    if wanted != "latest":
+        folder = Path(wanted) if Path(wanted).is_dir() else run_folder / wanted
+        if not is_complete(folder):
+            raise ValueError(f"resume_from_checkpoint {wanted!r} is no complete checkpoint; give a checkpoint-<step> folder, or latest")
+        return folder, []
+    warnings: list[str] = []
+    for folder in reversed(checkpoints(run_folder)):
+        if is_complete(folder):
+            return folder, warnings
+        aside = folder.with_name(f"bad-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        warnings.append(f"{folder.name} is damaged or incomplete and was renamed to {aside.name}")
+    if warnings:
+        raise ValueError(
+            f"resume_from_checkpoint latest: no complete checkpoint in {run_folder} ({'; '.join(warnings)}); start again in another output_dir"
+        )
+    return None, warnings
+
+
+def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """(tensors by part, state). Raises ValueError for another format version."""
+    state = json.loads((folder / "trainer_state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise ValueError(f"{folder} has checkpoint format {state.get('format')}; this version reads format {FORMAT}")
+    return {p.stem: load_file(p) for p in sorted(folder.glob("*.safetensors"))}, state
+
+
+def optimizer_tensors(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The optimizer's state as `<parameter>/<entry>` -> tensor."""
+    return {f"{name}/{key}": x for name, p in named.items() for key, x in optimizer.state.get(p, {}).items() if isinstance(x, Tensor)}
+
+
+def restore(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Copy weights and optimizer state into the existing parameters.
+
+    Raises ValueError unless checkpoint and model have exactly the same trainable tensors.
+    """
+    weights, moments = tensors["weights"], tensors["optimizer"]
+    differing = sorted(set(weights) ^ set(named)) or [n for n, p in named.items() if weights[n].shape != p.shape]
+    if differing:
+        raise ValueError(f"checkpoint does not fit the model: {len(differing)} trainable tensors differ, first {differing[0]}")
+    trained = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    assert trained == {id(p) for p in named.values()}, "the optimizer must hold exactly the model's trainable parameters"
+    with torch.no_grad():
+        for name, p in named.items():
+            p.copy_(weights[name])
+    for key, value in moments.items():
+        name, _, entry = key.rpartition("/")
+        p = named[name]
+        optimizer.state[p][entry] = value.clone() if value.ndim == 0 else value.to(p.device)
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,114 @@
+"""The training loop of every method over stored pairs: one page, read from top to bottom.
+
+Micro-batches are numbered globally and gradients are averaged, so that two ranks and one rank with twice the accumulation
+take the same steps. The schedule counts optimizer steps.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+
+from diffpref.core.policy import evaluate
+from diffpref.core.types import LossOutput, PreferenceBatch
+from diffpref.training.run import Run
+from diffpref.training.stopping import MAX_SKIPPED, NotFinite, Stopped, StopSignals
+
+FIRST_MARGIN_LIMIT = 1e-3
+"""Largest implicit reward margin of an untouched policy; a larger one means that policy and reference compute differently."""
+
+
+def train(run: Run) -> None:
+    """Run until max_train_steps, saving checkpoints and validating on the way.
+
+    Raises Stopped after a signal (everything is saved), NotFinite after three non-finite updates in a row.
+    """
+    config, accelerator = run.config, run.accelerator
+    skipped = 0
+    with StopSignals() as signals:
+        for step in range(run.first_step, config.max_train_steps):
+            computing = 0.0
+            for micro_step in range(config.gradient_accumulation_steps):
+                batch = next(run.source)
+                start = time.perf_counter()
+                is_last = micro_step == config.gradient_accumulation_steps - 1
+                with nullcontext() if is_last else accelerator.no_sync(run.wrapped):
+                    out = forward(run, batch)
+                    loss = out.per_group.mean()
+                    accelerator.backward(loss / config.gradient_accumulation_steps)
+                computing += time.perf_counter() - start
+                run.log.collect(loss, out.metrics)
+                if step == 0 and micro_step == 0:
+                    check_untouched(run, out)
+            start = time.perf_counter()
+            grad_norm = update(run)
+            computing += time.perf_counter() - start
+            values = run.log.means() | {"grad_norm": grad_norm, "lr": run.scheduler.get_last_lr()[0], "time/compute": computing}
+            skipped = count_skipped(run, step, values, batch, skipped)
+            run.scheduler.step()
+            run.log.write(step + 1, values)
+            finish_step(run, step + 1, signals.code)
+
+
+def forward(run: Run, batch: PreferenceBatch) -> LossOutput:
+    """Path, predictions, loss."""
+    batch = batch.first(run.method.images_per_group)
+    steps = run.path(batch, run.process, batch.random(run.config.seed))
+    with run.accelerator.autocast():
+        evals = evaluate(steps, batch.cond, run.policy, run.reference)
+    return run.method.loss(batch, evals)
+
+
+def update(run: Run) -> float:
+    """Clip and step; returns the gradient norm before clipping. A non-finite gradient never reaches the weights."""
+    norm = run.accelerator.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
+    norm = float(norm) if isinstance(norm, Tensor) else 0.0
+    if math.isfinite(norm) or run.accelerator.scaler is not None:  # the scaler skips overflows itself
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    return norm
+
+
+def count_skipped(run: Run, step: int, values: dict[str, float], batch: PreferenceBatch, skipped: int) -> int:
+    """Report a non-finite update; raises NotFinite at the third in a row."""
+    overflow = run.accelerator.scaler is not None and math.isfinite(values["loss"])
+    if (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])) or overflow:
+        return 0
+    run.say(f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: update skipped, pairs {', '.join(batch.pair_ids)}")
+    if skipped + 1 >= MAX_SKIPPED:
+        raise NotFinite(
+            f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step + 1}; the newest checkpoint is from before. "
+            f"Lower learning_rate ({run.config.learning_rate}) or beta, or use mixed_precision bf16 instead of fp16"
+        )
+    return skipped + 1
+
+
+def check_untouched(run: Run, out: LossOutput) -> None:
+    """At step 0 the policy is the reference, so every margin is 0 (and the loss of a pair is log 2)."""
+    margin = out.metrics.get("rewards/margins")
+    if run.warm_start or margin is None:
+        run.say("policy-equals-reference check: skipped")
+        return
+    if not abs(float(margin)) < FIRST_MARGIN_LIMIT:
+        raise ValueError(
+            f"before the first step the implicit margin is {float(margin):.3g} instead of 0: policy and reference compute differently. "
+            "Use the same precision for both, and no adapter initialisation that changes the base weights"
+        )
+
+
+@torch.no_grad()
+def finish_step(run: Run, step: int, code: int) -> None:
+    """Validate, save, and stop if a signal asked for it."""
+    config = run.config
+    code = run.agree(code)
+    is_final = step == config.max_train_steps
+    if config.validation_steps and (step % config.validation_steps == 0 or is_final):
+        run.validate(step)
+    if step % config.checkpointing_steps == 0 or is_final or code:
+        run.save(step)
+    if code and not is_final:
+        raise Stopped(code, f"stopped by a signal after step {step}; continue with --resume_from_checkpoint latest --output_dir {run.folder}")

@@ -1,0 +1,262 @@
+"""Putting a run together: settings in, everything that the loop needs out. The one place where the parts meet."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.optimization import get_scheduler
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from diffpref.core.policy import adapter_off, frozen
+from diffpref.core.process import DdpmProcess
+from diffpref.core.types import Predict, PreferenceBatch
+from diffpref.data.loader import PairPixels
+from diffpref.data.pairs import PairDataset
+from diffpref.data.sampler import PairSampler
+from diffpref.methods import Method
+from diffpref.models.backbone import Backbone, load_backbone
+from diffpref.models.lora import add_lora, trainable_state
+from diffpref.paths import ForwardNoising
+from diffpref.sources.dataset import Encoder, LatentCache, from_disk
+from diffpref.training import checkpoint
+from diffpref.training.config import TrainConfig
+from diffpref.training.pairs import load_run_pairs
+from diffpref.training.run_folder import claim, write_manifest
+from diffpref.training.run_log import RunLog
+from diffpref.training.validation import Validation
+
+
+@dataclass
+class Run:
+    """The state of a training run."""
+
+    config: TrainConfig
+    method: Method
+    accelerator: Accelerator
+    folder: Path
+    backbone: Backbone
+    wrapped: nn.Module  # the UNet as accelerate prepared it; every policy forward goes through it
+    trainable: dict[str, Tensor]
+    policy: Predict
+    reference: Predict | None
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    source: Iterator[PreferenceBatch]
+    log: RunLog
+    validation: Validation | None
+    first_step: int = 0
+    warm_start: bool = False
+    path: ForwardNoising = field(default_factory=ForwardNoising)
+
+    @property
+    def process(self) -> DdpmProcess:
+        """The noise process of the model."""
+        return self.backbone.process
+
+    def say(self, text: str) -> None:
+        """Print once, above the progress bar."""
+        if self.accelerator.is_main_process:
+            self.log.bar.write(text, file=sys.stderr)
+
+    def agree(self, code: int) -> int:
+        """The largest code of all ranks, so that they stop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return code
+        return int(self.accelerator.gather(torch.tensor([code], device=self.accelerator.device)).max())
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint from the main process; a full disk is reported and training goes on."""
+        if self.accelerator.is_main_process:
+            tensors = {"weights": self.trainable, "optimizer": checkpoint.optimizer_tensors(self.trainable, unwrapped(self.optimizer))}
+            state = {"scheduler": {"last_epoch": self.scheduler.last_epoch}, "pairs_per_update": pairs_per_update(self.config, self.accelerator)}
+            if self.accelerator.scaler is not None:
+                state["scaler"] = self.accelerator.scaler.state_dict()
+            try:
+                checkpoint.save_checkpoint(self.folder, step, tensors, state, self.config.checkpoints_total_limit)
+            except OSError as error:
+                self.say(f"checkpoint of step {step} not written ({error.strerror or error}); older ones are kept, training goes on")
+        self.accelerator.wait_for_everyone()
+
+    def validate(self, step: int) -> None:
+        """Held-out accuracy and pictures."""
+        if self.validation and self.accelerator.is_main_process:
+            self.log.record(step, self.validation(step))
+        self.accelerator.wait_for_everyone()
+
+
+def prepare_run(config: TrainConfig, method: Method) -> Run:
+    """Check, load and connect everything; the cheap checks come first. Raises ValueError for whatever the user can mend."""
+    accelerator = new_accelerator(config)
+    folder, resume = claim(config, method, accelerator)
+    pairs, held_out = load_run_pairs(config, folder, accelerator.is_main_process)
+    backbone = load_backbone(str(config.pretrained_model_name_or_path), config.revision, config.variant)
+    resolution = check_resolution(config, backbone)
+    denoiser = backbone.denoiser
+    make_trainable(config, denoiser)
+    reference_unet = copy.deepcopy(denoiser) if config.tune == "full" and method.needs_reference else None
+    for part in (backbone.pipeline, reference_unet):
+        if part is not None:
+            part.to(accelerator.device)
+    if config.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    denoiser.train()
+    trainable = trainable_state(denoiser)
+    optimizer = new_optimizer(config, trainable)
+    scheduler = get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, config.max_train_steps)
+    first_step = restore(resume, trainable, optimizer, scheduler, config, accelerator)
+    wrapped, prepared = accelerator.prepare(denoiser, optimizer)
+    policy = backbone.predictor(wrapped)
+    reference = None
+    if method.needs_reference:
+        reference = frozen(backbone.predictor, reference_unet) if reference_unet is not None else adapter_off(denoiser, policy)
+    encoder = new_encoder(config, backbone, accelerator.device)
+    sampler = PairSampler(len(pairs), config.seed)
+    pixels = PairPixels(pairs, resolution, config.seed, 0.0 if config.no_hflip else 0.5, config.random_crop)
+    source = new_source(config, pixels, sampler, encoder, accelerator, first_step)
+    write_manifest(folder, config, method, pairs, accelerator, backbone)
+    log = RunLog(accelerator, folder, config.max_train_steps, pairs_per_update(config, accelerator), first_step)
+    validation = new_validation(config, folder, backbone, reference, held_out, resolution, encoder)
+    return Run(config, method, accelerator, folder, backbone, wrapped, trainable, policy, reference, prepared, scheduler, source, log, validation, first_step)
+
+
+def new_accelerator(config: TrainConfig) -> Accelerator:
+    """Raises ValueError for settings that this machine cannot run, and for ranks that do not know of each other."""
+    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
+    if config.mixed_precision == "fp16" and on_cpu:
+        raise ValueError("mixed_precision is fp16, which needs a GPU; on a CPU use no or bf16")
+    trackers = None if config.report_to == "none" else config.report_to
+    try:
+        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu, log_with=trackers, project_dir=config.output_dir)
+    except ValueError as error:
+        raise ValueError(f"report_to {config.report_to!r}: {error}; install it with pip install diffpref[trackers], or use none") from error
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world != accelerator.num_processes:
+        raise ValueError(f"WORLD_SIZE is {world} but {accelerator.num_processes} process takes part; launch with torchrun or accelerate launch")
+    return accelerator
+
+
+def check_resolution(config: TrainConfig, backbone: Backbone) -> int:
+    """The training resolution. Raises ValueError when the model cannot take it."""
+    resolution, factor = config.resolution or backbone.default_resolution, backbone.pixel_factor
+    if resolution % factor:
+        near = max(factor, round(resolution / factor) * factor)
+        raise ValueError(f"resolution is {resolution}; this model needs a multiple of {factor} (VAE and UNet down-sampling), for example {near}")
+    return resolution
+
+
+def make_trainable(config: TrainConfig, denoiser: nn.Module) -> None:
+    """Attach an adapter, or unfreeze the UNet."""
+    if config.tune == "lora":
+        alpha = config.rank if config.lora_alpha is None else config.lora_alpha
+        add_lora(denoiser, config.rank, alpha, config.lora_targets, config.seed)
+    else:
+        denoiser.requires_grad_(True)
+
+
+def new_optimizer(config: TrainConfig, trainable: dict[str, Tensor]) -> torch.optim.Optimizer:
+    """AdamW in one fused kernel."""
+    return torch.optim.AdamW(
+        trainable.values(),
+        lr=config.learning_rate,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.adam_weight_decay,
+        eps=config.adam_epsilon,
+        fused=True,
+    )
+
+
+def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that accelerate wrapped."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def pairs_per_update(config: TrainConfig, accelerator: Accelerator) -> int:
+    """Pairs behind one optimizer step, all ranks together."""
+    return config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+
+
+def restore(
+    folder: Path | None,
+    trainable: dict[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    scheduler: LRScheduler,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> int:
+    """Load a checkpoint into the existing parameters; returns the number of finished steps, 0 without a checkpoint."""
+    if folder is None:
+        return 0
+    tensors, state = checkpoint.load_checkpoint(folder)
+    now = pairs_per_update(config, accelerator)
+    if state["pairs_per_update"] != now:
+        raise ValueError(
+            f"train_batch_size x gradient_accumulation_steps x processes is {now}, but the checkpoint was trained with "
+            f"{state['pairs_per_update']} pairs per update; choose them so that the product stays"
+        )
+    checkpoint.restore(trainable, optimizer, tensors)
+    scheduler.last_epoch = state["scheduler"]["last_epoch"]
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        group["lr"] = base * factor(scheduler.last_epoch)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
+    if accelerator.scaler is not None and "scaler" in state:
+        accelerator.scaler.load_state_dict(state["scaler"])
+    return int(state["step"])
+
+
+def new_encoder(config: TrainConfig, backbone: Backbone, device: torch.device) -> Encoder:
+    """The frozen encoders of the model, with the run's prompt dropout."""
+    return Encoder(
+        encode_moments=backbone.encode_moments,
+        encode_prompts=backbone.encode_prompts,
+        null_prompt=backbone.null_prompt(),
+        uses_time_ids=backbone.uses_time_ids,
+        device=device,
+        seed=config.seed,
+        proportion_empty_prompts=config.proportion_empty_prompts,
+        prompt_cache={} if config.cache_latents else None,
+    )
+
+
+def new_source(
+    config: TrainConfig, pixels: PairPixels, sampler: PairSampler, encoder: Encoder, accelerator: Accelerator, first_step: int
+) -> Iterator[PreferenceBatch]:
+    """This rank's micro-batches from `first_step` on."""
+
+    def items() -> Iterator[list[tuple[int, int]]]:
+        return sampler.micro_batches(
+            accelerator.process_index,
+            batch_size=config.train_batch_size,
+            accumulation=config.gradient_accumulation_steps,
+            world_size=accelerator.num_processes,
+            first_step=first_step,
+        )
+
+    if config.cache_latents:
+        return LatentCache.build(pixels, encoder).batches(items, encoder)
+    return from_disk(pixels, items, encoder, config.dataloader_num_workers)
+
+
+def new_validation(
+    config: TrainConfig,
+    folder: Path,
+    backbone: Backbone,
+    reference: Predict | None,
+    held_out: PairDataset | None,
+    resolution: int,
+    encoder: Encoder,
+) -> Validation | None:
+    """Held-out accuracy and pictures, if validation_steps asks for them."""
+    if not config.validation_steps:
+        return None
+    pixels = None if held_out is None else PairPixels(held_out, resolution, config.seed)
+    plain = dataclasses.replace(encoder, proportion_empty_prompts=0.0, prompt_cache={})
+    return Validation.build(config, folder, backbone, reference, pixels, plain)

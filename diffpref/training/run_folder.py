@@ -1,0 +1,142 @@
+"""The run folder: who may write into it, the resolved settings, and the manifest of what ran."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from accelerate import Accelerator
+
+from diffpref.data.pairs import PairDataset
+from diffpref.methods import Method
+from diffpref.models.backbone import Backbone
+from diffpref.training.checkpoint import checkpoints, find_checkpoint
+from diffpref.training.config import TrainConfig
+from diffpref.training.settings import Settings, to_flat
+
+CONFIG_FILE = "diffpref_config.yaml"
+MANIFEST_FILE = "run_manifest.json"
+
+_MAY_CHANGE = {
+    "resume_from_checkpoint",
+    "output_dir",
+    "dataloader_num_workers",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "validation_steps",
+    "validation_prompts",
+    "num_validation_images",
+    "report_to",
+    "merge_lora",
+    "check_images",
+    "cache_latents",
+    "cache_dir",
+    "gradient_checkpointing",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+}
+"""Settings that a resumed run may change: they do not change what is learned, or are checked together elsewhere."""
+
+
+def claim(config: TrainConfig, method: Method, accelerator: Accelerator) -> tuple[Path, Path | None]:
+    """(run folder, checkpoint to resume from or None). Writes the resolved settings.
+
+    Raises ValueError when the folder belongs to a run with other settings, or holds a run and no resume was asked for.
+    """
+    folder = Path(str(config.output_dir))
+    settings = to_flat(config, method)
+    stored = folder / CONFIG_FILE
+    if stored.exists():
+        differences = compare(yaml.safe_load(stored.read_text()) or {}, settings)
+        if differences:
+            raise ValueError(f"output_dir {str(folder)!r} holds a run with other settings ({'; '.join(differences)}); choose another output_dir")
+        if config.resume_from_checkpoint is None:
+            raise ValueError(f"output_dir {str(folder)!r} already holds this run; add --resume_from_checkpoint latest or choose another output_dir")
+    elif folder.exists() and any(folder.iterdir()) and (checkpoints(folder) or (folder / "model_index.json").exists()):
+        raise ValueError(f"output_dir {str(folder)!r} holds a model that is not a run of diffpref; choose another output_dir")
+    resume = None
+    accelerator.wait_for_everyone()
+    if config.resume_from_checkpoint:
+        resume, warnings = find_checkpoint(folder, config.resume_from_checkpoint)
+        for warning in warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+    if accelerator.is_main_process:
+        folder.mkdir(parents=True, exist_ok=True)
+        stored.write_text(yaml.safe_dump(settings, sort_keys=False))
+    accelerator.wait_for_everyone()
+    return folder, resume
+
+
+def compare(stored: Settings, settings: Settings) -> list[str]:
+    """Settings that differ and must not: "name: stored -> new"."""
+    allowed = set(_MAY_CHANGE)
+    if str(settings.get("lr_scheduler", "")).startswith("constant"):
+        allowed.add("max_train_steps")  # under a constant schedule a longer run begins like the shorter one
+    names = [name for name in {**stored, **settings} if name not in allowed]
+    return [f"{n}: {stored.get(n)} -> {settings.get(n)}" for n in names if stored.get(n) != settings.get(n)]
+
+
+def write_manifest(
+    folder: Path, config: TrainConfig, method: Method, pairs: PairDataset, accelerator: Accelerator, backbone: Backbone
+) -> None:
+    """Versions, revision, data fingerprint and the numbers that are usually hidden: rate and pairs per update."""
+    if not accelerator.is_main_process:
+        return
+    per_update = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    manifest = {
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": sys.argv,
+        "settings": to_flat(config, method),
+        "effective_learning_rate": config.learning_rate,
+        "pairs_per_update": per_update,
+        "num_processes": accelerator.num_processes,
+        "device": str(accelerator.device),
+        "model_family": backbone.family,
+        "prediction_type": backbone.process.prediction_type,
+        "data": {"pairs": len(pairs), "ties": pairs.ties, "rejected": len(pairs.rejected), "fingerprint": pairs.fingerprint},
+        "git_revision": git_revision(),
+        "versions": versions(),
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+    write_json(folder / MANIFEST_FILE, manifest)
+    print(f"learning rate {config.learning_rate:g} as used, {per_update} pairs per update, {config.max_train_steps} updates", file=sys.stderr)
+
+
+def versions() -> dict[str, str]:
+    """Versions of the libraries that decide the numbers."""
+    names = ("diffpref", "torch", "diffusers", "transformers", "accelerate", "peft", "datasets", "numpy", "Pillow")
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed as a package"
+    return found
+
+
+def git_revision() -> str | None:
+    """Revision of the checkout that the package runs from, with "+changes" if files differ from it; None outside a checkout."""
+    here = Path(__file__).parent
+    try:
+        revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
+        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision + ("+changes" if changed.strip() else "")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON complete or not at all."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    hidden.write_text(json.dumps(content, indent=1))
+    hidden.replace(path)

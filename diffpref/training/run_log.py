@@ -1,0 +1,100 @@
+"""metrics.jsonl, trackers and the progress bar. Values are averaged over the accumulation window and over all ranks."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from tqdm import tqdm
+
+_DIFFUSERS_NAMES = {
+    "raw_model_loss": ("error/policy_chosen", "error/policy_rejected"),
+    "ref_loss": ("error/reference_chosen", "error/reference_rejected"),
+    "implicit_acc": ("rewards/accuracies",),
+}
+"""Top-level aliases that users of the diffusers scripts look for: means of our keys."""
+
+
+class RunLog:
+    """Collects the metrics of one optimizer step and writes them at its end."""
+
+    def __init__(self, accelerator: Accelerator, folder: Path, num_steps: int, pairs_per_update: int, first_step: int) -> None:
+        self.accelerator = accelerator
+        self.pairs_per_update = pairs_per_update
+        self.window: list[dict[str, Tensor]] = []
+        self.started = self.last = time.perf_counter()
+        self.file = None
+        if accelerator.is_main_process:
+            keep_until(folder / "metrics.jsonl", first_step)
+            self.file = (folder / "metrics.jsonl").open("a")
+        self.bar = tqdm(
+            total=num_steps, initial=first_step, desc="training", unit="step", disable=not accelerator.is_main_process, mininterval=1.0
+        )
+
+    def collect(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        """Remember the scalars of one forward pass."""
+        self.window.append({"loss": loss.detach(), **metrics})
+
+    def means(self) -> dict[str, float]:
+        """Mean over the window and all ranks; empties the window. One message between ranks, one wait for the device."""
+        names = list(self.window[0])
+        stacked = torch.stack([torch.stack([m[name].float() for name in names]) for m in self.window]).mean(0)
+        self.window = []
+        values = self.accelerator.reduce(stacked, "mean").tolist()
+        found = dict(zip(names, values, strict=True))
+        for alias, keys in _DIFFUSERS_NAMES.items():
+            if all(k in found for k in keys):
+                found[alias] = sum(found[k] for k in keys) / len(keys)
+        return found
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl and the trackers' step, and the bar moves on."""
+        now = time.perf_counter()
+        speed = self.pairs_per_update / (now - self.last)
+        self.last = now
+        self.record(step, {**values, "time/pairs_per_second": speed})
+        self.bar.set_postfix_str(self._summary(values), refresh=False)
+        self.bar.update(1)
+
+    def _summary(self, values: Mapping[str, float]) -> str:
+        done = self.bar.n - self.bar.initial + 1
+        parts = [f"{done * self.pairs_per_update / (time.perf_counter() - self.started):.0f} pairs/s", f"loss {values['loss']:.3f}"]
+        shown = {"acc": "rewards/accuracies", "win err": "error/policy_chosen", "lose err": "error/policy_rejected"}
+        return ", ".join(parts + [f"{label} {values[key]:.3f}" for label, key in shown.items() if key in values])
+
+    def record(self, step: int, values: Mapping[str, Any]) -> None:
+        """Write values of a step without moving the bar, e.g. a validation."""
+        if self.file:
+            finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+            self.file.write(json.dumps({"step": step, **finite}) + "\n")
+            self.file.flush()
+        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+
+    def close(self) -> None:
+        """Flush everything."""
+        self.bar.close()
+        if self.file:
+            self.file.close()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drop lines after `step` from a metrics file, so that a resumed run does not report a step twice."""
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines()
+    kept = [line for line in lines if _step(line) <= step]
+    path.write_text("".join(line + "\n" for line in kept))
+
+
+def _step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf  # a line cut short by a kill

@@ -1,0 +1,156 @@
+"""From flags and YAML to checked dataclasses, and back to a flat mapping. Unknown keys fail with the nearest known one."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+
+T = TypeVar("T")
+Settings = dict[str, Any]
+
+ALIASES: Mapping[str, str] = {"beta_dpo": "beta", "dataset_split_name": "split", "workers": "dataloader_num_workers"}
+"""Other scripts' names for our settings, accepted as flag and as YAML key."""
+
+
+def parse_flags(argv: Sequence[str], known: Iterable[str]) -> Settings:
+    """`--name value`, `--name=value` and bare `--name` (true) to a flat mapping; values are read as YAML scalars.
+
+    Several values after one flag make a list. Raises ValueError for anything that is not a flag or not a known name.
+    """
+    names = list(known)
+    settings: Settings = {}
+    current = None
+    for word in argv:
+        if word.startswith("--"):
+            name, has_value, value = word[2:].partition("=")
+            current = canonical(name.replace("-", "_"), names, "--")
+            settings[current] = [value] if has_value else []
+        elif current is None:
+            raise ValueError(f"{word!r} is not a flag; write settings as --name value, for example --learning_rate 1e-5")
+        else:
+            settings[current].append(word)
+    return {name: _scalar(values) for name, values in settings.items()}
+
+
+def _scalar(words: list[str]) -> Any:
+    if not words:
+        return True
+    values = [w if w.strip() == "" else yaml.safe_load(w) if _is_plain(w) else w for w in words]
+    return values[0] if len(values) == 1 else values
+
+
+def _is_plain(word: str) -> bool:
+    """Numbers, booleans and null are read; everything else, such as a prompt with a colon, stays text."""
+    try:
+        return isinstance(yaml.safe_load(word), bool | int | float | None)
+    except yaml.YAMLError:
+        return False
+
+
+def read_yaml(path: str | Path, known: Iterable[str]) -> Settings:
+    """Read a flat YAML mapping of settings. Raises ValueError naming file and key for anything else."""
+    names = list(known)
+    try:
+        loaded = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}; give the path of a YAML file") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"config {str(path)!r} is not readable YAML: {reason}; write one `name: value` per line") from error
+    if not isinstance(loaded, dict):
+        raise ValueError(f"config {str(path)!r} holds a {type(loaded).__name__}; it must be a mapping with one `name: value` per line")
+    return {canonical(str(key), names, f"config {str(path)!r}: "): value for key, value in loaded.items()}
+
+
+def canonical(name: str, known: Sequence[str], place: str) -> str:
+    """The known name of a setting, following aliases. Raises ValueError with the nearest known name."""
+    name = ALIASES.get(name, name) if name not in known else name
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "--help lists the known ones"
+    raise ValueError(f"{place}{name} is not a setting; {hint}")
+
+
+def build(cls: type[T], settings: Mapping[str, Any]) -> T:
+    """Make a dataclass from settings, converting and checking types. Raises ValueError naming the setting."""
+    hints = typing.get_type_hints(cls)
+    return cls(**{name: convert(name, value, hints[name]) for name, value in settings.items()})
+
+
+def convert(name: str, value: Any, hint: Any) -> Any:
+    """`value` as the annotated type, or ValueError. 1e-5 written as text is a number; true is not."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        if value is None:
+            return None
+        return convert(name, value, next(a for a in args if a is not type(None)))
+    if origin is typing.Literal:
+        value = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+        if value not in args:
+            raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(str, args))}")
+        return value
+    if origin is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(convert(name, item, args[0]) for item in items)
+    if hint is str and isinstance(value, str | int | float) and not isinstance(value, bool):
+        return str(value)
+    if hint is float and isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    if type(value) is hint:
+        return value
+    raise ValueError(f"{name} is {value!r}; it must be {_kind(hint)}")
+
+
+def _kind(hint: Any) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+def names_of(*classes: Any) -> list[str]:
+    """The init fields of dataclasses, in order."""
+    return [f.name for cls in classes for f in dataclasses.fields(cls) if f.init]
+
+
+def to_flat(*parts: Any) -> Settings:
+    """The resolved settings of dataclass instances as plain values for YAML and JSON."""
+    flat: Settings = {}
+    for part in parts:
+        flat |= {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
+
+
+@cache
+def field_docs(cls: type) -> dict[str, str]:
+    """The text under each field of a dataclass, for --help and the docs."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
+    docs = {}
+    for field, text in zip(body, body[1:], strict=False):
+        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
+            docs[ast.unparse(field.target)] = str(text.value.value)
+    return docs
+
+
+def help_text(*classes: Any) -> str:
+    """One line per setting: name, type, default, meaning."""
+    lines = []
+    for cls in classes:
+        hints = typing.get_type_hints(cls)
+        lines.append(f"\n{cls.__name__}:")
+        for f in dataclasses.fields(cls):
+            kind = getattr(hints[f.name], "__name__", str(hints[f.name]).replace("typing.", ""))
+            lines.append(f"  --{f.name}  ({kind}, default {f.default})\n      {field_docs(cls).get(f.name, '')}")
+    return "\n".join(lines)

@@ -1,0 +1,98 @@
+"""What is looked at while training: accuracy on held-out pairs by noise level, and pictures beside the base model's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+
+from diffpref.core.policy import adapters_off
+from diffpref.core.types import Predict, PreferenceBatch
+from diffpref.data.loader import PairPixels
+from diffpref.evaluation.generate import Images, contact_sheet, generate
+from diffpref.models.backbone import Backbone
+from diffpref.scorers.implicit import ImplicitReward, pair_accuracy
+from diffpref.sources.dataset import Encoder, from_disk
+from diffpref.training.config import TrainConfig
+
+BATCH = 16
+PICTURE_STEPS = 20
+PICTURE_GUIDANCE = 5.0
+
+
+@dataclass
+class Validation:
+    """Called with the step; returns the values to log and writes validation/step_<n>.png: base above, policy below."""
+
+    folder: Path
+    pipeline: DiffusionPipeline
+    accuracy: HeldOut | None
+    prompts: list[str]
+    base_pictures: Images
+
+    @classmethod
+    def build(
+        cls, config: TrainConfig, folder: Path, backbone: Backbone, reference: Predict | None, pixels: PairPixels | None, encoder: Encoder
+    ) -> Validation:
+        """Draw the base pictures now, while the policy is still the base model or an adapter that can be switched off."""
+        prompts = list(config.validation_prompts) or (list(dict.fromkeys(pixels.pairs.prompts)) if pixels else [])
+        prompts = prompts[: config.num_validation_images]
+        accuracy = None
+        if pixels is not None and reference is not None:
+            accuracy = HeldOut.build(backbone, reference, pixels, encoder)
+        with adapters_off(backbone.denoiser):
+            base = _pictures(backbone.pipeline, prompts)
+        return cls(folder / "validation", backbone.pipeline, accuracy, prompts, base)
+
+    def __call__(self, step: int) -> dict[str, Any]:
+        if self.prompts:
+            self.folder.mkdir(exist_ok=True)
+            sheet = contact_sheet([self.base_pictures, _pictures(self.pipeline, self.prompts)], _enlarge(self.base_pictures))
+            sheet.save(self.folder / f"step_{step}.png")
+        return {} if self.accuracy is None else self.accuracy()
+
+
+def _pictures(pipeline: DiffusionPipeline, prompts: list[str]) -> Images:
+    if not prompts:
+        return np.zeros((0, 1, 1, 3), np.uint8)
+    was_training = pipeline.unet.training
+    pipeline.unet.eval()
+    pictures = generate(pipeline, prompts, range(len(prompts)), num_inference_steps=PICTURE_STEPS, guidance_scale=PICTURE_GUIDANCE, batch_size=4)
+    pipeline.unet.train(was_training)
+    return pictures
+
+
+def _enlarge(pictures: Images) -> int:
+    """Whole factor that makes small pictures about 128 pixels wide."""
+    return max(1, 128 // pictures.shape[2])
+
+
+@dataclass
+class HeldOut:
+    """Implicit accuracy on pairs that are never trained on."""
+
+    reward: ImplicitReward
+    batches: list[PreferenceBatch]
+
+    @classmethod
+    def build(cls, backbone: Backbone, reference: Predict, pixels: PairPixels, encoder: Encoder) -> HeldOut:
+        """Encode the held-out pairs once; ties have no right answer and are left out."""
+        wanted = [i for i, p in enumerate(pixels.pairs.p0) if p != 0.5]
+        chunks = [[(i, 0) for i in wanted[start : start + BATCH]] for start in range(0, len(wanted), BATCH)]
+        policy = backbone.predictor(backbone.denoiser)
+        return cls(ImplicitReward(policy, reference, backbone.process), list(from_disk(pixels, lambda: chunks, encoder)))
+
+    def __call__(self) -> dict[str, Any]:
+        gains = torch.cat([self.reward.gains(batch).cpu() for batch in self.batches])
+        overall, buckets = pair_accuracy(gains)
+        return {
+            "eval/implicit_accuracy": overall,
+            "eval/implicit_accuracy_by_noise": buckets,
+            "eval/num_pairs": len(gains),
+            "eval/gain_chosen": float(gains[:, 0].mean()),
+            "eval/gain_rejected": float(gains[:, 1].mean()),
+        }

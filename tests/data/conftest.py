@@ -1,0 +1,60 @@
+"""Small encoded images and pair tables, made on the fly."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+Encode = Callable[..., bytes]
+
+
+@pytest.fixture(scope="session")
+def encode() -> Encode:
+    """encode(image or seed, kind="PNG", **options) -> bytes; a seed makes a noisy 16 x 12 RGB image."""
+
+    def make(image: Image.Image | int, kind: str = "PNG", **options: Any) -> bytes:
+        if isinstance(image, int):
+            image = Image.fromarray(np.random.default_rng(image).integers(0, 256, (12, 16, 3), dtype=np.uint8))
+        buffer = io.BytesIO()
+        image.save(buffer, kind, **options)
+        return buffer.getvalue()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_columns(encode: Encode) -> Callable[..., dict[str, list[Any]]]:
+    """make_columns(count, **replacements) -> columns of valid pairs; replacements are lists of `count` values."""
+
+    def make(count: int, **replacements: list[Any]) -> dict[str, list[Any]]:
+        columns: dict[str, list[Any]] = {
+            "caption": [f"prompt {row}" for row in range(count)],
+            "jpg_0": [encode(2 * row) for row in range(count)],
+            "jpg_1": [encode(2 * row + 1) for row in range(count)],
+            "label_0": [float(row % 2) for row in range(count)],
+            "label_1": [1.0 - row % 2 for row in range(count)],
+        }
+        return columns | replacements
+
+    return make
+
+
+@pytest.fixture
+def write_parquet(tmp_path: Path) -> Callable[..., Path]:
+    """write_parquet(columns, name) -> path below the test's own folder."""
+
+    def write(columns: dict[str, list[Any]], name: str = "train-0.parquet") -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.table(columns), path)
+        return path
+
+    return write

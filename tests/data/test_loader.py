@@ -1,0 +1,101 @@
+"""What a pair looks like depends on seed, pair id and visit; never on workers, batches or the order of the data."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from diffpref.data.loader import PairPixels, batches
+from diffpref.data.pairs import PairDataset, load_pairs
+from diffpref.data.sampler import PairSampler
+
+
+@pytest.fixture
+def pairs(make_columns: Any, write_parquet: Any, tmp_path: Path) -> PairDataset:
+    return load_pairs(write_parquet(make_columns(6)), cache_dir=tmp_path / "cache")
+
+
+def _run(pixels: PairPixels, num_workers: int) -> list[dict[str, Any]]:
+    sampler = PairSampler(len(pixels), seed=4)
+    stream = batches(pixels, lambda: sampler.micro_batches(0, batch_size=4, accumulation=1, world_size=1), num_workers)
+    got = list(itertools.islice(stream, 5))
+    stream.close()
+    return got
+
+
+def test_workers_change_nothing(pairs: PairDataset) -> None:
+    pixels = PairPixels(pairs, resolution=8, seed=1, flip_probability=0.5, random_crop=True)
+    state = torch.get_rng_state()
+    alone, shared = _run(pixels, 0), _run(pixels, 2)
+    assert torch.equal(torch.get_rng_state(), state)
+    for one, two in zip(alone, shared, strict=True):
+        assert one.keys() == two.keys()
+        for name in one:
+            equal = torch.equal(one[name], two[name]) if isinstance(one[name], torch.Tensor) else one[name] == two[name]
+            assert equal, name
+
+
+def test_batch_shapes(pairs: PairDataset) -> None:
+    batch = _run(PairPixels(pairs, resolution=8), 0)[0]
+    assert batch["pixels"].shape == (4, 2, 3, 8, 8)
+    assert batch["time_ids"].shape == (4, 2, 6)
+    assert batch["index"].dtype == batch["visit"].dtype == torch.int64
+    assert (batch["chosen_first"].dtype, batch["label"].dtype) == (torch.bool, torch.float32)
+    assert batch["pair_id"] == [pairs.pair_ids[index] for index in batch["index"]]
+    assert batch["prompt"] == [pairs.prompts[index] for index in batch["index"]]
+
+
+def test_a_finite_order_ends(pairs: PairDataset) -> None:
+    order = [[(0, 0), (1, 0)], [(5, 2)]]
+    got = [batch["index"].tolist() for batch in batches(PairPixels(pairs, resolution=8), lambda: order)]
+    assert got == [[0, 1], [5]]
+
+
+def test_the_chosen_image_comes_first(make_columns: Any) -> None:
+    columns = make_columns(3, label_0=[1.0, 0.2, 0.5], label_1=[0.0, 0.8, 0.5])
+    turned = columns | {"jpg_0": columns["jpg_1"], "jpg_1": columns["jpg_0"], "label_0": columns["label_1"], "label_1": columns["label_0"]}
+    straight = PairPixels(load_pairs(pa.table(columns), tie_policy="keep"), resolution=8)
+    other = PairPixels(load_pairs(pa.table(turned), tie_policy="keep"), resolution=8)
+    samples = [straight[index, 0] for index in range(3)]
+    assert [sample["chosen_first"] for sample in samples] == [True, False, True]
+    assert [sample["label"] for sample in samples] == [1.0, 0.8, 0.5]
+    for index in range(2):
+        assert torch.equal(samples[index]["pixels"], other[index, 0]["pixels"])
+    assert torch.equal(samples[2]["pixels"], other[2, 0]["pixels"].flip(0))
+
+
+def test_draws_are_keyed_by_pair_and_visit(pairs: PairDataset) -> None:
+    pixels = PairPixels(pairs, resolution=8, seed=1, flip_probability=0.5, random_crop=True)
+    moved = PairPixels(pairs.select([3, 2]), resolution=8, seed=1, flip_probability=0.5, random_crop=True)
+    assert torch.equal(pixels[3, 5]["pixels"], moved[0, 5]["pixels"])
+    seen = {tuple(pixels[3, visit]["time_ids"][0].tolist()) for visit in range(20)}
+    assert len(seen) > 1
+
+
+def test_flip_is_shared_and_optional(pairs: PairDataset) -> None:
+    plain = PairPixels(pairs, resolution=12)[0, 0]["pixels"]
+    flipping = PairPixels(pairs, resolution=12, flip_probability=0.5)
+    flips = []
+    for visit in range(30):
+        got = flipping[0, visit]["pixels"]
+        flips.append(not torch.equal(got, plain))
+        assert torch.equal(got, plain.flip(-1) if flips[-1] else plain)
+    assert 5 <= sum(flips) <= 25
+
+
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_a_damaged_image_is_named(make_columns: Any, num_workers: int) -> None:
+    uids = {"image_0_uid": ["a"], "image_1_uid": ["b"]}
+    pairs = load_pairs(pa.table(make_columns(1, jpg_1=[b"x"], **uids)), check_images=False)
+    with pytest.raises(ValueError, match=rf"pair {pairs.pair_ids[0]}, jpg_1: not a JPEG"):
+        next(batches(PairPixels(pairs, resolution=8), lambda: [[(0, 0)]], num_workers))
+
+
+def test_wrong_number_of_workers(pairs: PairDataset) -> None:
+    with pytest.raises(ValueError, match="num_workers is -1"):
+        next(batches(PairPixels(pairs, resolution=8), lambda: [], -1))
