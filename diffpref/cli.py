@@ -59,7 +59,9 @@ def train(argv: list[str]) -> int:
         return 0
     path = flags.pop("config", None)
     settings = (read_yaml(path, known) if path else {}) | flags
-    on_testbed = settings.get("pretrained_model_name_or_path") is None and not (settings.get("train_data_dir") or settings.get("dataset_name"))
+    on_testbed = settings.get("pretrained_model_name_or_path") is None and not (
+        settings.get("train_data_dir") or settings.get("dataset_name")
+    )
     if on_testbed:
         settings = _testbed_settings(settings, known)
         print(f"No model and no data given: using the embedded testbed, method {settings['method']}.", flush=True)
@@ -103,9 +105,13 @@ def _check_model_and_data(settings: dict[str, Any]) -> None:
     has_model = settings.get("pretrained_model_name_or_path") is not None
     has_data = bool(settings.get("train_data_dir") or settings.get("dataset_name"))
     if has_model and not has_data:
-        raise ValueError("a model is given but no data: add --train_data_dir FOLDER or --dataset_name HUB_ID (or give neither, for the testbed)")
+        raise ValueError(
+            "a model is given but no data: add --train_data_dir FOLDER or --dataset_name HUB_ID (or give neither, for the testbed)"
+        )
     if has_data and not has_model:
-        raise ValueError("data is given but no model: add --pretrained_model_name_or_path FOLDER_OR_HUB_ID (or give neither, for the testbed)")
+        raise ValueError(
+            "data is given but no model: add --pretrained_model_name_or_path FOLDER_OR_HUB_ID (or give neither, for the testbed)"
+        )
 
 
 def _run(config: Any, method: Any, on_testbed: bool, evaluation: dict[str, Any]) -> int:

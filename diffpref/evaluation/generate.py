@@ -45,7 +45,8 @@ def generate(
     height, width = size or (side, side)
     if height % factor or width % factor:
         raise ValueError(
-            f"size {height}x{width} is not divisible by the VAE factor {factor}; use e.g. {height // factor * factor}x{width // factor * factor}"
+            f"size {height}x{width} is not divisible by the VAE factor {factor}; "
+            f"use e.g. {height // factor * factor}x{width // factor * factor}"
         )
     shape = (pipeline.unet.config.in_channels, height // factor, width // factor)
     chunks = []

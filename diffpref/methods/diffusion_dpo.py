@@ -22,6 +22,8 @@ from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
 
 @dataclass(frozen=True, kw_only=True)
 class DiffusionDPO:
+    """Pairs, a reference, one step per pair."""
+
     needs_reference: ClassVar[bool] = True
     images_per_group: ClassVar[int] = 2
 

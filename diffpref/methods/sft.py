@@ -1,6 +1,6 @@
 """Supervised fine-tuning on the chosen images: the baseline of every preference method (arXiv:2311.12908, section 5).
 
-    loss = ||eps_theta(x_t) - eps||^2                           mean over (C, h, w), chosen image only
+loss = ||eps_theta(x_t) - eps||^2                           mean over (C, h, w), chosen image only
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
 
 @dataclass(frozen=True, kw_only=True)
 class SFT:
+    """Chosen images only, no reference; nothing to tune."""
+
     needs_reference: ClassVar[bool] = False
     images_per_group: ClassVar[int] = 1
 

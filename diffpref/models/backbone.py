@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffpref.core.process import DdpmProcess
@@ -28,7 +28,7 @@ class Backbone:
     null_prompt: Callable[[], Conditioning]  # the empty prompt as the pipeline's guidance sees it, (1, 1, ...)
 
     @property
-    def denoiser(self) -> nn.Module:
+    def denoiser(self) -> UNet2DConditionModel:
         """The UNet."""
         return self.pipeline.unet
 
@@ -92,10 +92,15 @@ def load_backbone(source: str, revision: str | None = None, variant: str | None 
     pipeline = load_pipeline(source, revision, variant)
     unet = getattr(pipeline, "unet", None)
     if unet is None:
-        raise ValueError(f"pretrained_model_name_or_path {source!r} is a {type(pipeline).__name__} without a UNet; SD and SDXL are supported")
+        raise ValueError(
+            f"pretrained_model_name_or_path {source!r} is a {type(pipeline).__name__} without a UNet; SD and SDXL are supported"
+        )
     kind = unet.config.addition_embed_type
     if kind not in (None, "text_time"):
-        raise ValueError(f"pretrained_model_name_or_path {source!r}: UNet with addition_embed_type {kind!r}; SD (none) and SDXL (text_time) are supported")
+        raise ValueError(
+            f"pretrained_model_name_or_path {source!r}: UNet with addition_embed_type {kind!r}; "
+            "SD (none) and SDXL (text_time) are supported"
+        )
     family = sdxl if kind == "text_time" else sd
     for part in (pipeline.vae, unet, *family.text_encoders(pipeline)):
         part.requires_grad_(False)

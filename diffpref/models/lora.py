@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
@@ -20,7 +20,7 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
 """Named sets of UNet layers; "all" adds projections, feed-forwards and the residual blocks."""
 
 
-def add_lora(denoiser: nn.Module, rank: int, alpha: float, targets: str, seed: int) -> None:
+def add_lora(denoiser: UNet2DConditionModel, rank: int, alpha: float, targets: str, seed: int) -> None:
     """Attach a trainable adapter named "default": A Gaussian, B zero, so that the policy starts as the reference.
 
     targets: a key of TARGETS or layer names separated by commas. Raises ValueError when a name matches no layer.
@@ -29,7 +29,10 @@ def add_lora(denoiser: nn.Module, rank: int, alpha: float, targets: str, seed: i
     layers = [name for name, _ in denoiser.named_modules()]
     missing = [t for t in names if not any(layer == t or layer.endswith("." + t) for layer in layers)]
     if missing or not names:
-        raise ValueError(f"lora_targets {targets!r}: no layer of the UNet is called {missing or 'so'}; use {', '.join(TARGETS)} or layer names such as to_q,to_k")
+        raise ValueError(
+            f"lora_targets {targets!r}: no layer of the UNet is called {missing or 'so'}; "
+            f"use {', '.join(TARGETS)} or layer names such as to_q,to_k"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian")

@@ -30,7 +30,9 @@ def predictor(denoiser: nn.Module) -> Predict:
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
     """N prompts to prompt_embeds (N, 1, L, D): the encoder's last hidden state."""
     encoder, tokenizer = pipeline.text_encoder, pipeline.tokenizer
-    ids = tokenizer(list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
+    ids = tokenizer(
+        list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+    ).input_ids
     return Conditioning(encoder(ids.to(encoder.device))[0][:, None])
 
 

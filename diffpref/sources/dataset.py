@@ -53,9 +53,7 @@ def assemble(encoded: Encoded, encoder: Encoder) -> PreferenceBatch:
     cond = cond.map(lambda x: x.to(encoder.device).expand(-1, 2, *x.shape[2:]))
     cond = Conditioning(cond.prompt_embeds, cond.pooled_prompt_embeds, None if time_ids is None else time_ids.to(encoder.device))
     relevance = torch.stack([encoded.labels, 1 - encoded.labels], 1)
-    return PreferenceBatch(
-        latents.to(encoder.device), cond, relevance.to(encoder.device), tuple(encoded.pair_ids), tuple(encoded.visits)
-    )
+    return PreferenceBatch(latents.to(encoder.device), cond, relevance.to(encoder.device), tuple(encoded.pair_ids), tuple(encoded.visits))
 
 
 def _conditioning(prompts: Sequence[str], empty: Sequence[bool], encoder: Encoder) -> Conditioning:
@@ -72,13 +70,17 @@ def _conditioning(prompts: Sequence[str], empty: Sequence[bool], encoder: Encode
 
 def split(cond: Conditioning) -> list[Conditioning]:
     """(N, ...) to N pieces (1, ...)."""
-    return [cond.map(lambda x, i=i: x[i : i + 1]) for i in range(len(cond.prompt_embeds))]
+
+    def row(i: int) -> Conditioning:
+        return cond.map(lambda x: x[i : i + 1])
+
+    return [row(i) for i in range(len(cond.prompt_embeds))]
 
 
 def join(rows: Sequence[Conditioning]) -> Conditioning:
     """Concatenate along the first axis."""
-    pooled = None if rows[0].pooled_prompt_embeds is None else torch.cat([r.pooled_prompt_embeds for r in rows])
-    return Conditioning(torch.cat([r.prompt_embeds for r in rows]), pooled)
+    pooled = [r.pooled_prompt_embeds for r in rows if r.pooled_prompt_embeds is not None]
+    return Conditioning(torch.cat([r.prompt_embeds for r in rows]), torch.cat(pooled) if pooled else None)
 
 
 def from_disk(pixels: PairPixels, micro_batches: MicroBatches, encoder: Encoder, num_workers: int = 0) -> Iterator[PreferenceBatch]:

@@ -7,6 +7,7 @@ drawn templates. Its own accuracy on renders is the ceiling of every prompt-foll
 
 from __future__ import annotations
 
+import colorsys
 import functools
 from dataclasses import dataclass
 
@@ -26,6 +27,12 @@ _SIZE_LIMITS = [
     (RADII["medium"][1] + RADII["large"][0]) / 2,
 ]
 _MIN_COMPANION_AREA = 35
+
+
+def _tilts(period: float) -> list[float]:
+    """Tilts in degrees from -period / 2 to period / 2, upright among them."""
+    turns = np.arange(0.0, max(period, 1.0), _TILT_STEP)
+    return [float(t if t <= period / 2 else t - period) for t in turns]
 
 
 @dataclass(frozen=True)
@@ -57,15 +64,14 @@ def _templates() -> tuple[Tensor, np.ndarray, np.ndarray, np.ndarray]:
     dx, dy = np.meshgrid(offset, offset)
     masks, kinds, radii, tilts = [], [], [], []
     for index, shape in enumerate(SHAPES):
-        half = _PERIOD[shape] / 2
-        for tilt in np.arange(-half, max(half, 1e-6), _TILT_STEP) if half else [0.0]:
+        for tilt in _tilts(_PERIOD[shape]):
             turn = np.radians(tilt)
             u, v = np.cos(turn) * dx + np.sin(turn) * dy, -np.sin(turn) * dx + np.cos(turn) * dy
             for radius in _TEMPLATE_RADII:
-                masks.append(np.clip(0.5 - outline(shape, u, v, radius) / 1.4, 0, 1).ravel())
+                masks.append(np.clip(0.5 - outline(shape, u, v, np.array(radius)) / 1.4, 0, 1).ravel())
                 kinds.append(index)
                 radii.append(radius)
-                tilts.append(tilt if half else np.nan)
+                tilts.append(tilt if _PERIOD[shape] else np.nan)
     return torch.from_numpy(np.array(masks, dtype=np.float32)), np.array(kinds), np.array(radii), np.array(tilts)
 
 
@@ -185,8 +191,6 @@ def _match(soft: Tensor, cx: Tensor, cy: Tensor) -> tuple[np.ndarray, np.ndarray
 
 def _hsv(rgb: Tensor) -> np.ndarray:
     """Hue in degrees, saturation and value in [0, 1]. (N, 3)."""
-    import colorsys
-
     rows = [colorsys.rgb_to_hsv(*c) for c in rgb.clamp(0, 1).tolist()]
     return np.array([(h * 360, s, v) for h, s, v in rows]).reshape(-1, 3)
 

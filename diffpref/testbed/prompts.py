@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +14,7 @@ from diffpref.testbed.world import sample_scenes
 Purpose = Literal["pairs", "validation", "test"]
 _SEEDS = {"pairs": 11, "validation": 22, "test": 33}
 UNSEEN_SHARE = 0.2
+_CHUNK = 64  # scenes are drawn in chunks, so that more prompts begin with the same ones
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,14 @@ def is_unseen(scene_id: int) -> bool:
 
 def draw_prompts(purpose: Purpose, num_prompts: int) -> Prompts:
     """The first `num_prompts` captions of a purpose: independent draws, always the same; pairs avoid unseen scenes."""
-    scenes = sample_scenes(np.random.default_rng(_SEEDS[purpose]), num_prompts * (2 if purpose == "pairs" else 1))
-    texts, ids = scenes.captions(), scenes.scene_ids()
-    keep = [i for i in range(len(texts)) if purpose != "pairs" or not is_unseen(int(ids[i]))][:num_prompts]
-    return Prompts([texts[i] for i in keep], ids[keep])
+    texts: list[str] = []
+    ids: list[int] = []
+    for chunk in itertools.count():
+        scenes = sample_scenes(np.random.default_rng([_SEEDS[purpose], chunk]), _CHUNK)
+        for text, scene in zip(scenes.captions(), scenes.scene_ids().tolist(), strict=True):
+            if purpose != "pairs" or not is_unseen(scene):
+                texts.append(text)
+                ids.append(scene)
+        if len(texts) >= num_prompts:
+            break
+    return Prompts(texts[:num_prompts], np.array(ids[:num_prompts]))

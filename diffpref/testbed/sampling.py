@@ -34,9 +34,7 @@ class Sampler:
     def __call__(self, prompts: Sequence[str], seeds: Sequence[int]) -> Images:
         """uint8 (N, 64, 64, 3) in this process."""
         pipeline = _load(self.model, self.lora)
-        return generate(
-            pipeline, prompts, seeds, num_inference_steps=self.steps, guidance_scale=self.guidance, batch_size=BATCH
-        )
+        return generate(pipeline, prompts, seeds, num_inference_steps=self.steps, guidance_scale=self.guidance, batch_size=BATCH)
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 from pathlib import Path
@@ -12,8 +13,9 @@ from transformers import CLIPTokenizer
 from diffpref.testbed.world import BACKGROUNDS, COLOURS, SHAPES, SIZES
 
 MODEL_MAX_LENGTH = 24
-_FILLER = "a an on with picture of background the and next to left right upright leaning photo no".split()
-WORDS = tuple(dict.fromkeys([*_FILLER, *SIZES, *COLOURS, *BACKGROUNDS, *SHAPES, ","]))
+_FILLER = ("a", "an", "on", "with", "picture", "of", "background", "the", "and", "next", "to", "left", "right")
+_MORE_FILLER = ("upright", "leaning", "photo", "no")
+WORDS = tuple(dict.fromkeys([*_FILLER, *_MORE_FILLER, *SIZES, *COLOURS, *BACKGROUNDS, *SHAPES, ","]))
 
 
 def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
@@ -21,7 +23,7 @@ def learn_merges(words: tuple[str, ...]) -> list[tuple[str, str]]:
     spelled = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
     while any(len(s) > 1 for s in spelled):
-        pairs = Counter(pair for s in spelled for pair in zip(s, s[1:], strict=False))
+        pairs = Counter(pair for s in spelled for pair in itertools.pairwise(s))
         best = max(sorted(pairs), key=pairs.__getitem__)
         merges.append(best)
         spelled = [_merge(s, best) for s in spelled]

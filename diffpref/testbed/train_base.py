@@ -40,6 +40,7 @@ class Networks:
 
 
 def new_scheduler() -> DDIMScheduler:
+    """The noise schedule of SD and SDXL, with spacing that begins at pure noise."""
     return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
@@ -104,6 +105,7 @@ class TrainingSet:
 
 
 def make_training_set(vae: AutoencoderKL, tokenizers: tuple[CLIPTokenizer, CLIPTokenizer], seed: int, num_images: int) -> TrainingSet:
+    """Render `num_images` scenes and encode pictures and captions."""
     rng = np.random.default_rng(seed)
     latents, captions = [], []
     for start in range(0, num_images, 500):
@@ -117,6 +119,7 @@ def make_training_set(vae: AutoencoderKL, tokenizers: tuple[CLIPTokenizer, CLIPT
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> Tensor:
+    """Padded token ids (N, L)."""
     return tokenizer(prompts, padding="max_length", truncation=True, max_length=MODEL_MAX_LENGTH, return_tensors="pt").input_ids
 
 

@@ -21,6 +21,7 @@ LEARNING_RATE = 2e-3
 
 
 def new_vae() -> AutoencoderKL:
+    """A random KL autoencoder of factor 8 with 8 latent channels, under a million parameters."""
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
@@ -127,7 +128,10 @@ def _work(rank: int, num_processes: int, images: Tensor, out: Path, num_steps: i
         if (step + 1) % AVERAGE_EVERY == 0 or step + 1 == num_steps:
             average_parameters(vae)
         if rank == 0 and ((step + 1) % 250 == 0 or step + 1 == num_steps):
-            print(f"vae step {step + 1}/{num_steps} loss {loss.item():.4f} psnr {psnr(vae, held_out):.2f} dB {time.time() - start:.0f} s", flush=True)
+            print(
+                f"vae step {step + 1}/{num_steps} loss {loss.item():.4f} psnr {psnr(vae, held_out):.2f} dB {time.time() - start:.0f} s",
+                flush=True,
+            )
     if rank == 0:
         whiten(vae, images[:2000])
         vae.half().save_pretrained(out)

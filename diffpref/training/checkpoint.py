@@ -23,7 +23,9 @@ FORMAT = 1
 _MANIFEST = "manifest.json"
 
 
-def save_checkpoint(run_folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int | None) -> Path:
+def save_checkpoint(
+    run_folder: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], keep: int | None
+) -> Path:
     """Write checkpoint-<step> with one safetensors file per entry of `tensors` and trainer_state.json, then prune to `keep`.
 
     Raises OSError when the disk is full, after removing what was begun, and FloatingPointError for a non-finite tensor.
@@ -92,7 +94,8 @@ def find_checkpoint(run_folder: Path, wanted: str) -> tuple[Path | None, list[st
         warnings.append(f"{folder.name} is damaged or incomplete and was renamed to {aside.name}")
     if warnings:
         raise ValueError(
-            f"resume_from_checkpoint latest: no complete checkpoint in {run_folder} ({'; '.join(warnings)}); start again in another output_dir"
+            f"resume_from_checkpoint latest: no complete checkpoint in {run_folder} ({'; '.join(warnings)}); "
+            "start again in another output_dir"
         )
     return None, warnings
 

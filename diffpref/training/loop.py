@@ -47,7 +47,12 @@ def train(run: Run) -> None:
             start = time.perf_counter()
             grad_norm = update(run)
             computing += time.perf_counter() - start
-            values = run.log.means() | {"grad_norm": grad_norm, "lr": run.scheduler.get_last_lr()[0], "time/compute": computing}
+            rate = float(run.scheduler.get_last_lr()[0])
+            values: dict[str, float] = run.log.means() | {
+                "grad_norm": grad_norm,
+                "lr": rate,
+                "time/compute": computing,
+            }
             skipped = count_skipped(run, step, values, batch, skipped)
             run.scheduler.step()
             run.log.write(step + 1, values)
@@ -78,7 +83,9 @@ def count_skipped(run: Run, step: int, values: dict[str, float], batch: Preferen
     overflow = run.accelerator.scaler is not None and math.isfinite(values["loss"])
     if (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])) or overflow:
         return 0
-    run.say(f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: update skipped, pairs {', '.join(batch.pair_ids)}")
+    run.say(
+        f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: update skipped, pairs {', '.join(batch.pair_ids)}"
+    )
     if skipped + 1 >= MAX_SKIPPED:
         raise NotFinite(
             f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step + 1}; the newest checkpoint is from before. "
@@ -111,4 +118,6 @@ def finish_step(run: Run, step: int, code: int) -> None:
     if step % config.checkpointing_steps == 0 or is_final or code:
         run.save(step)
     if code and not is_final:
-        raise Stopped(code, f"stopped by a signal after step {step}; continue with --resume_from_checkpoint latest --output_dir {run.folder}")
+        raise Stopped(
+            code, f"stopped by a signal after step {step}; continue with --resume_from_checkpoint latest --output_dir {run.folder}"
+        )

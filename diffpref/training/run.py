@@ -12,9 +12,10 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LRScheduler
+from torch.optim.lr_scheduler import LambdaLR
 
 from diffpref.core.policy import adapter_off, frozen
 from diffpref.core.process import DdpmProcess
@@ -25,7 +26,7 @@ from diffpref.data.sampler import PairSampler
 from diffpref.methods import Method
 from diffpref.models.backbone import Backbone, load_backbone
 from diffpref.models.lora import add_lora, trainable_state
-from diffpref.paths import ForwardNoising
+from diffpref.paths.forward import ForwardNoising
 from diffpref.sources.dataset import Encoder, LatentCache, from_disk
 from diffpref.training import checkpoint
 from diffpref.training.config import TrainConfig
@@ -49,7 +50,7 @@ class Run:
     policy: Predict
     reference: Predict | None
     optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
+    scheduler: LambdaLR
     source: Iterator[PreferenceBatch]
     log: RunLog
     validation: Validation | None
@@ -77,7 +78,10 @@ class Run:
         """Write a checkpoint from the main process; a full disk is reported and training goes on."""
         if self.accelerator.is_main_process:
             tensors = {"weights": self.trainable, "optimizer": checkpoint.optimizer_tensors(self.trainable, unwrapped(self.optimizer))}
-            state = {"scheduler": {"last_epoch": self.scheduler.last_epoch}, "pairs_per_update": pairs_per_update(self.config, self.accelerator)}
+            state = {
+                "scheduler": {"last_epoch": self.scheduler.last_epoch},
+                "pairs_per_update": pairs_per_update(self.config, self.accelerator),
+            }
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             try:
@@ -125,7 +129,23 @@ def prepare_run(config: TrainConfig, method: Method) -> Run:
     write_manifest(folder, config, method, pairs, accelerator, backbone)
     log = RunLog(accelerator, folder, config.max_train_steps, pairs_per_update(config, accelerator), first_step)
     validation = new_validation(config, folder, backbone, reference, held_out, resolution, encoder)
-    return Run(config, method, accelerator, folder, backbone, wrapped, trainable, policy, reference, prepared, scheduler, source, log, validation, first_step)
+    return Run(
+        config,
+        method,
+        accelerator,
+        folder,
+        backbone,
+        wrapped,
+        trainable,
+        policy,
+        reference,
+        prepared,
+        scheduler,
+        source,
+        log,
+        validation,
+        first_step,
+    )
 
 
 def new_accelerator(config: TrainConfig) -> Accelerator:
@@ -140,7 +160,9 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
         raise ValueError(f"report_to {config.report_to!r}: {error}; install it with pip install diffpref[trackers], or use none") from error
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
-        raise ValueError(f"WORLD_SIZE is {world} but {accelerator.num_processes} process takes part; launch with torchrun or accelerate launch")
+        raise ValueError(
+            f"WORLD_SIZE is {world} but {accelerator.num_processes} process takes part; launch with torchrun or accelerate launch"
+        )
     return accelerator
 
 
@@ -149,11 +171,13 @@ def check_resolution(config: TrainConfig, backbone: Backbone) -> int:
     resolution, factor = config.resolution or backbone.default_resolution, backbone.pixel_factor
     if resolution % factor:
         near = max(factor, round(resolution / factor) * factor)
-        raise ValueError(f"resolution is {resolution}; this model needs a multiple of {factor} (VAE and UNet down-sampling), for example {near}")
+        raise ValueError(
+            f"resolution is {resolution}; this model needs a multiple of {factor} (VAE and UNet down-sampling), for example {near}"
+        )
     return resolution
 
 
-def make_trainable(config: TrainConfig, denoiser: nn.Module) -> None:
+def make_trainable(config: TrainConfig, denoiser: UNet2DConditionModel) -> None:
     """Attach an adapter, or unfreeze the UNet."""
     if config.tune == "lora":
         alpha = config.rank if config.lora_alpha is None else config.lora_alpha
@@ -188,7 +212,7 @@ def restore(
     folder: Path | None,
     trainable: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
-    scheduler: LRScheduler,
+    scheduler: LambdaLR,
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> int:

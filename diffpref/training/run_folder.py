@@ -58,9 +58,13 @@ def claim(config: TrainConfig, method: Method, accelerator: Accelerator) -> tupl
     if stored.exists():
         differences = compare(yaml.safe_load(stored.read_text()) or {}, settings)
         if differences:
-            raise ValueError(f"output_dir {str(folder)!r} holds a run with other settings ({'; '.join(differences)}); choose another output_dir")
+            raise ValueError(
+                f"output_dir {str(folder)!r} holds a run with other settings ({'; '.join(differences)}); choose another output_dir"
+            )
         if config.resume_from_checkpoint is None:
-            raise ValueError(f"output_dir {str(folder)!r} already holds this run; add --resume_from_checkpoint latest or choose another output_dir")
+            raise ValueError(
+                f"output_dir {str(folder)!r} already holds this run; add --resume_from_checkpoint latest or choose another output_dir"
+            )
     elif folder.exists() and any(folder.iterdir()) and (checkpoints(folder) or (folder / "model_index.json").exists()):
         raise ValueError(f"output_dir {str(folder)!r} holds a model that is not a run of diffpref; choose another output_dir")
     resume = None
@@ -109,7 +113,9 @@ def write_manifest(
         "threads": torch.get_num_threads(),
     }
     write_json(folder / MANIFEST_FILE, manifest)
-    print(f"learning rate {config.learning_rate:g} as used, {per_update} pairs per update, {config.max_train_steps} updates", file=sys.stderr)
+    print(
+        f"learning rate {config.learning_rate:g} as used, {per_update} pairs per update, {config.max_train_steps} updates", file=sys.stderr
+    )
 
 
 def versions() -> dict[str, str]:
@@ -129,7 +135,9 @@ def git_revision() -> str | None:
     here = Path(__file__).parent
     try:
         revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-        changed = subprocess.run(["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True).stdout
+        changed = subprocess.run(
+            ["git", "status", "--porcelain", "--untracked-files=no"], cwd=here, capture_output=True, text=True, check=True
+        ).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
     return revision + ("+changes" if changed.strip() else "")

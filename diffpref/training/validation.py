@@ -61,7 +61,9 @@ def _pictures(pipeline: DiffusionPipeline, prompts: list[str]) -> Images:
         return np.zeros((0, 1, 1, 3), np.uint8)
     was_training = pipeline.unet.training
     pipeline.unet.eval()
-    pictures = generate(pipeline, prompts, range(len(prompts)), num_inference_steps=PICTURE_STEPS, guidance_scale=PICTURE_GUIDANCE, batch_size=4)
+    pictures = generate(
+        pipeline, prompts, range(len(prompts)), num_inference_steps=PICTURE_STEPS, guidance_scale=PICTURE_GUIDANCE, batch_size=4
+    )
     pipeline.unet.train(was_training)
     return pictures
 

@@ -1,0 +1,1 @@
+"""Using models: pictures from base, aligned and LoRA checkpoints."""

@@ -1,0 +1,161 @@
+"""`diffpref generate`: prompts and seeds to pictures, with one or several processes."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import diffusers
+import numpy as np
+import torch
+from accelerate import PartialState
+from diffusers import DiffusionPipeline
+from PIL import Image
+
+from diffpref.evaluation.generate import as_rows, contact_sheet, generate
+from diffpref.locations import asset
+from diffpref.models.backbone import load_pipeline
+
+SAMPLERS: Mapping[str, tuple[str, dict[str, object]]] = {
+    "ddim": ("DDIMScheduler", {}),
+    "ddpm": ("DDPMScheduler", {}),
+    "euler": ("EulerDiscreteScheduler", {}),
+    "euler_a": ("EulerAncestralDiscreteScheduler", {}),
+    "dpmpp_2m": ("DPMSolverMultistepScheduler", {}),
+    "dpmpp_2m_karras": ("DPMSolverMultistepScheduler", {"use_karras_sigmas": True}),
+    "unipc": ("UniPCMultistepScheduler", {}),
+}
+"""Names for diffusers' schedulers, built from the checkpoint's own noise schedule."""
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """Settings of `diffpref generate`."""
+
+    pretrained_model_name_or_path: str | None = None
+    """Folder or hub id of a pipeline, base or aligned; the embedded testbed model when not given."""
+    revision: str | None = None
+    """Git revision of a hub model."""
+    variant: str | None = None
+    """Weight variant of the model files, such as fp16."""
+    lora: str | None = None
+    """Folder with pytorch_lora_weights.safetensors, such as the output_dir of a LoRA run."""
+    lora_scale: float = 1.0
+    """Strength of the adapter; 0 is the base model."""
+    prompts: tuple[str, ...] = ()
+    """Prompts; quote each."""
+    prompt_file: str | None = None
+    """Text file with one prompt per line, in place of prompts."""
+    num_images_per_prompt: int = 1
+    """Pictures per prompt, with seeds seed, seed + 1, ..."""
+    seed: int = 0
+    """First seed; a picture depends on its prompt, its seed and the settings, not on its neighbours."""
+    sampler: Literal["checkpoint", "ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc"] = "checkpoint"
+    """Scheduler; the checkpoint's own by default. Ancestral ones add noise that depends on the batch."""
+    num_inference_steps: int = 25
+    """Denoising steps."""
+    guidance_scale: float = 5.0
+    """Classifier-free guidance; 1 switches it off."""
+    height: int | None = None
+    """Pixels; the model's own when not given."""
+    width: int | None = None
+    """Pixels; the model's own when not given."""
+    batch_size: int = 8
+    """Pictures per forward pass."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Dtype of the networks."""
+    output_dir: str = "outputs/pictures"
+    """Folder of the pictures, grid.png and pictures.jsonl."""
+    grid_columns: int | None = None
+    """Pictures per row of the grid; the pictures of one prompt, or a square."""
+
+    def __post_init__(self) -> None:
+        if bool(self.prompts) == bool(self.prompt_file):
+            raise ValueError('give prompts (--prompts "a red ring" ...) or prompt_file, one of the two')
+        for name in ("num_images_per_prompt", "num_inference_steps", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if (self.height is None) != (self.width is None):
+            raise ValueError(f"height is {self.height} and width {self.width}; give both or neither")
+
+
+def sample(config: SampleConfig) -> int:
+    """Generate and write; each process draws its share, the main process writes the grid."""
+    prompts = read_prompts(config)
+    state = PartialState(cpu=not torch.cuda.is_available())
+    if config.precision == "fp16" and state.device.type == "cpu":
+        raise ValueError("precision is fp16, which needs a GPU; on a CPU use fp32 or bf16")
+    pipeline = load(config).to(state.device, DTYPES[config.precision])
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    jobs = [(p, config.seed + k) for p in prompts for k in range(config.num_images_per_prompt)]
+    mine = list(range(len(jobs)))[state.process_index :: state.num_processes]
+    size = None if config.height is None else (config.height, int(config.width or 0))
+    for start in range(0, len(mine), config.batch_size):
+        rows = mine[start : start + config.batch_size]
+        images = generate(
+            pipeline,
+            [jobs[i][0] for i in rows],
+            [jobs[i][1] for i in rows],
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            batch_size=config.batch_size,
+            size=size,
+        )
+        for i, image in zip(rows, images, strict=True):
+            Image.fromarray(image).save(folder / f"{i:05d}.png")
+        print(f"{start + len(rows)}/{len(mine)} pictures", end="\r", file=sys.stderr)
+    state.wait_for_everyone()
+    if state.is_main_process:
+        finish(config, jobs, folder)
+    return 0
+
+
+def read_prompts(config: SampleConfig) -> list[str]:
+    """The prompts of the flags or of the file. Raises ValueError for a missing or empty file."""
+    if config.prompts:
+        return list(config.prompts)
+    try:
+        lines = Path(str(config.prompt_file)).read_text().splitlines()
+    except OSError as error:
+        raise ValueError(f"prompt_file {config.prompt_file!r} cannot be read: {error.strerror}") from error
+    prompts = [line.strip() for line in lines if line.strip()]
+    if not prompts:
+        raise ValueError(f"prompt_file {config.prompt_file!r} has no prompt; write one per line")
+    return prompts
+
+
+def load(config: SampleConfig) -> DiffusionPipeline:
+    """The pipeline with adapter and sampler. Raises ValueError for what cannot be loaded."""
+    source = config.pretrained_model_name_or_path or str(asset("testbed", "pipeline"))
+    pipeline = load_pipeline(source, config.revision, config.variant)
+    if config.lora:
+        try:
+            pipeline.load_lora_weights(config.lora, use_safetensors=True)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            raise ValueError(
+                f"lora {config.lora!r} could not be loaded ({error}); give a folder with pytorch_lora_weights.safetensors"
+            ) from error
+        pipeline.fuse_lora(lora_scale=config.lora_scale)
+    elif config.lora_scale != 1.0:
+        raise ValueError(f"lora_scale is {config.lora_scale} but no lora is given; add --lora FOLDER")
+    if config.sampler != "checkpoint":
+        name, options = SAMPLERS[config.sampler]
+        pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
+    return pipeline
+
+
+def finish(config: SampleConfig, jobs: list[tuple[str, int]], folder: Path) -> None:
+    """Write grid.png and pictures.jsonl."""
+    images = np.stack([np.asarray(Image.open(folder / f"{i:05d}.png")) for i in range(len(jobs))])
+    columns = config.grid_columns or (config.num_images_per_prompt if config.num_images_per_prompt > 1 else None)
+    contact_sheet(as_rows(images, columns), enlarge=max(1, 128 // images.shape[2])).save(folder / "grid.png")
+    rows = [json.dumps({"file": f"{i:05d}.png", "prompt": p, "seed": s}) for i, (p, s) in enumerate(jobs)]
+    (folder / "pictures.jsonl").write_text("\n".join(rows) + "\n")
+    print(f"{len(jobs)} pictures, {folder / 'grid.png'}")

@@ -1,0 +1,244 @@
+"""`diffpref testbed results`: methods, seeds and controls trained alike and measured on the test prompts.
+
+Every run takes the settings of configs/testbed/<method>[_full].yaml and changes only seed and labels. Settings and untrained
+baselines were chosen on the validation prompts.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from diffpref.evaluation.stats import wilson_interval
+from diffpref.locations import asset, config_file
+from diffpref.methods import METHODS
+from diffpref.testbed.measure import FILTERS, Measured, Ruler, apply_filter, comparison, fingerprint, measure, seeds_for
+from diffpref.testbed.prompts import draw_prompts
+from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler, sample_parallel
+from diffpref.training.config import TrainConfig
+from diffpref.training.export import export
+from diffpref.training.loop import train
+from diffpref.training.run import prepare_run
+from diffpref.training.settings import build, names_of, read_yaml
+
+LABELS = {"true": 0.0, "shuffled": 0.5, "inverted": 1.0}
+"""label_noise_prob of the three labellings."""
+GUIDANCE_GRID = (2.0, 3.0, 4.5, 6.0, 8.0)
+STEPS_GRID = (16, 32)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResultsConfig:
+    """Settings of `diffpref testbed results`."""
+
+    out: str = "outputs/testbed/results"
+    """Folder of the runs and of results.json."""
+    recipes: tuple[str, ...] = ("diffusion_dpo", "diffusion_dpo_full", "sft")
+    """Files of configs/testbed to run, without .yaml."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Training seeds with true labels."""
+    control_seeds: tuple[int, ...] = (0,)
+    """Training seeds with shuffled and inverted labels."""
+    max_train_steps: int | None = None
+    """Another number of steps than the recipe's, for a trial."""
+    num_prompts: int = 500
+    """Prompts of the measurement."""
+    purpose: str = "test"
+    """test for reported numbers, validation for choosing settings."""
+    processes: int = 2
+    """Runs at a time, one thread each."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training run and its measurement."""
+
+    recipe: str
+    labels: str
+    seed: int
+    config: ResultsConfig
+
+    @property
+    def name(self) -> str:
+        """Folder and table name."""
+        return f"{self.recipe}-{self.labels}-{self.seed}"
+
+
+def run_results(config: ResultsConfig) -> None:
+    """Run every job that has no result yet, then write results.json and print the table."""
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    base = measure_base(config)
+    np.savez_compressed(out / "base.npz", images=base.images)
+    jobs = [Job(r, "true", s, config) for s in config.seeds for r in config.recipes]
+    jobs += [
+        Job(r, labels, s, config) for r in config.recipes if r != "sft" for labels in ("inverted", "shuffled") for s in config.control_seeds
+    ]
+    waiting = [job for job in jobs if not (out / f"{job.name}.json").exists()]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(config.processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for row in pool.map(run_job, waiting):
+            print(f"{row['name']}: win rate {row['win_rate']:.3f}, best of {row.get('best_of_n_equivalent', float('nan')):.1f}", flush=True)
+    rows = [json.loads((out / f"{job.name}.json").read_text()) for job in jobs]
+    untrained = json.loads((out / "untrained.json").read_text()) if (out / "untrained.json").exists() else run_untrained(config, base)
+    (out / "untrained.json").write_text(json.dumps(untrained, indent=1))
+    result = {
+        "date": time.strftime("%Y-%m-%d"),
+        "model": fingerprint(asset("testbed", "pipeline")),
+        "num_prompts": config.num_prompts,
+        "untrained": untrained,
+        "runs": rows,
+        "controls": controls(rows, untrained),
+    }
+    (out / "results.json").write_text(json.dumps(result, indent=1))
+    print(markdown(rows, untrained))
+
+
+def measure_base(config: ResultsConfig) -> Measured:
+    """The base model on the prompts of the measurement."""
+    texts = draw_prompts(config.purpose, config.num_prompts).texts  # type: ignore[arg-type]
+    sampler = Sampler(str(asset("testbed", "pipeline")))
+    return measure(sample_parallel(sampler, texts, seeds_for(len(texts)), config.processes), texts)
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Train, export, generate, compare; the row is also written to <name>.json."""
+    config = job.config
+    recipe = read_yaml(config_file("testbed", f"{job.recipe}.yaml"), names_of(TrainConfig, *METHODS.values()))
+    out = Path(config.out)
+    recipe |= {
+        "pretrained_model_name_or_path": str(asset("testbed", "pipeline")),
+        "train_data_dir": str(asset("testbed", "pairs")),
+        "output_dir": str(out / job.name),
+        "seed": job.seed,
+        "label_noise_prob": LABELS[job.labels],
+        "resume_from_checkpoint": "latest",
+        "validation_steps": None,
+        "merge_lora": True,
+    }
+    if config.max_train_steps:
+        recipe["max_train_steps"] = config.max_train_steps
+    method = METHODS[recipe.get("method", "diffusion_dpo")]
+    mine = names_of(method)
+    start, cpu = time.perf_counter(), time.process_time()
+    run = prepare_run(
+        build(TrainConfig, {k: v for k, v in recipe.items() if k not in mine}),
+        build(method, {k: v for k, v in recipe.items() if k in mine}),
+    )
+    train(run)
+    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
+    run.log.close()
+    export(run.backbone.pipeline, run.folder, run.config.tune, run.config.merge_lora)
+    texts = draw_prompts(config.purpose, config.num_prompts)  # type: ignore[arg-type]
+    base = measure(np.load(out / "base.npz")["images"], texts.texts)
+    after = measure(Sampler(str(run.folder))(texts.texts, seeds_for(len(texts.texts))), texts.texts)
+    np.savez_compressed(out / f"{job.name}.npz", images=after.images)
+    row: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "labels": job.labels, "seed": job.seed}
+    row |= {"steps": run.config.max_train_steps, "seconds": seconds, "cpu_seconds": cpu_seconds}
+    row |= comparison(base, after, ruler(config))
+    better = after.score > base.score
+    row |= {"win_rate_unseen": float(better[texts.unseen].mean()), "num_unseen": int(texts.unseen.sum())}
+    (out / f"{job.name}.json").write_text(json.dumps(row, indent=1))
+    return row
+
+
+def ruler(config: ResultsConfig) -> np.ndarray | None:
+    """The shipped ruler of the test prompts, if it belongs to the shipped model."""
+    path = asset("testbed") / "ruler.json"
+    if config.purpose != "test" or not path.exists():
+        return None
+    stored = Ruler.load(path)
+    fits = stored.model == fingerprint(asset("testbed", "pipeline")) and len(stored.scores) >= config.num_prompts
+    return stored.scores[: config.num_prompts] if fits and (stored.steps, stored.guidance) == (STEPS, GUIDANCE) else None
+
+
+def run_untrained(config: ResultsConfig, base: Measured) -> dict[str, Any]:
+    """Best pixel filter and best guidance x steps on the validation prompts, then measured on these."""
+    model = str(asset("testbed", "pipeline"))
+    texts = draw_prompts("validation", 200).texts
+    seeds = seeds_for(len(texts), 50)
+    start = measure(sample_parallel(Sampler(model), texts, seeds, config.processes), texts)
+    filters = {name: _win_rate(start, measure(apply_filter(name, start.images), texts)) for name in FILTERS}
+    best_filter = max(filters, key=filters.__getitem__)
+    settings = {}
+    for steps in STEPS_GRID:
+        for guidance in GUIDANCE_GRID:
+            if (steps, guidance) != (STEPS, GUIDANCE):
+                images = sample_parallel(Sampler(model, None, steps, guidance), texts, seeds, config.processes)
+                settings[f"{steps} steps, guidance {guidance:g}"] = _win_rate(start, measure(images, texts))
+    best_setting = max(settings, key=settings.__getitem__)
+    steps, guidance = int(best_setting.split()[0]), float(best_setting.split()[-1])
+    again = sample_parallel(Sampler(model, None, steps, guidance), base.prompts, seeds_for(len(base.prompts)), config.processes)
+    return {
+        "filter": best_filter,
+        "setting": best_setting,
+        "validation": filters | settings,
+        "filter_result": comparison(base, measure(apply_filter(best_filter, base.images), base.prompts), ruler(config)),
+        "setting_result": comparison(base, measure(again, base.prompts), ruler(config)),
+    }
+
+
+def _win_rate(base: Measured, other: Measured) -> float:
+    return float(((other.score > base.score) + 0.5 * (other.score == base.score)).mean())
+
+
+def controls(rows: Sequence[dict[str, Any]], untrained: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows for the report's table of controls, runs of one kind pooled."""
+    found = [
+        _control(
+            f"sampling: {untrained['setting']}",
+            [untrained["setting_result"]],
+            "best sampling setting of the validation prompts, no training",
+        )
+    ]
+    notes = {
+        "shuffled": "the same training on random labels: what training does without preferences",
+        "inverted": "the same training on inverted labels: should lose as clearly as the true labels win",
+        "true": "supervised training on the chosen pictures only",
+    }
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        for labels in ("shuffled", "inverted") if recipe != "sft" else ("true",):
+            same = [row for row in rows if row["recipe"] == recipe and row["labels"] == labels]
+            if same:
+                name = "SFT on the chosen pictures" if recipe == "sft" else f"{LEADERBOARD_NAMES.get(recipe, recipe)}, {labels} labels"
+                found.append(_control(name, same, notes[labels]))
+    return found
+
+
+LEADERBOARD_NAMES = {"diffusion_dpo": "Diffusion-DPO LoRA", "diffusion_dpo_full": "Diffusion-DPO full", "sft": "SFT LoRA"}
+
+
+def _control(name: str, rows: Sequence[dict[str, Any]], note: str) -> dict[str, Any]:
+    prompts = int(rows[0]["num_prompts"])
+    rate = float(np.mean([row["win_rate"] for row in rows]))
+    low, high = wilson_interval(rate * prompts, prompts)
+    return {"name": name, "win_rate": rate, "low": low, "high": high, "num_prompts": prompts, "note": note, "runs": len(rows)}
+
+
+def markdown(rows: Sequence[dict[str, Any]], untrained: dict[str, Any]) -> str:
+    """The results table, a line per run."""
+    head = "| run | labels | seed | win rate (95 %) | unseen scenes | reward | best-of-N | colour / background / shape / size | diversity |"
+    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        lines.append(_line(LEADERBOARD_NAMES.get(row["recipe"], row["recipe"]), row["labels"], str(row["seed"]), row))
+    lines.append(_line(f"filter: {untrained['filter']}", "-", "-", untrained["filter_result"]))
+    lines.append(_line(f"sampling: {untrained['setting']}", "-", "-", untrained["setting_result"]))
+    return "\n".join(lines)
+
+
+def _line(name: str, labels: str, seed: str, row: dict[str, Any]) -> str:
+    following = " / ".join(f"{row['prompt_following_aligned'][k]:.3f}" for k in ("colour", "background", "shape", "size"))
+    best = "-" if "best_of_n_equivalent" not in row else f"{'' if row['best_of_n_reached'] else '> '}{row['best_of_n_equivalent']:.1f}"
+    unseen = f"{100 * row['win_rate_unseen']:.1f} %" if "win_rate_unseen" in row else "-"
+    rate = f"{100 * row['win_rate']:.1f} % ({100 * row['win_rate_low']:.1f} to {100 * row['win_rate_high']:.1f})"
+    reward = f"{row['score_base']:.2f} -> {row['score_aligned']:.2f}"
+    return f"| {name} | {labels} | {seed} | {rate} | {unseen} | {reward} | {best} | {following} | {row['diversity']['mean']:.2f} |"

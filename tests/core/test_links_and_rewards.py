@@ -1,0 +1,115 @@
+"""Links and implicit rewards against their closed forms."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from diffpref.core.links import logistic
+from diffpref.core.rewards import error_metrics, margin_metrics, mean_squared_error, policy_error, reference_error
+from diffpref.core.types import Conditioning, Evaluation, PathStep, PreferenceBatch
+
+LOGITS = torch.tensor([-3.0, -0.2, 0.0, 0.7, 4.0], dtype=torch.float64)
+
+
+def full(value: float) -> Tensor:
+    """A probability per logit."""
+    return torch.full_like(LOGITS, value)
+
+
+def test_a_certain_label_is_log_sigmoid() -> None:
+    torch.testing.assert_close(logistic(LOGITS, full(1.0)), torch.log1p(torch.exp(-LOGITS)), rtol=1e-12, atol=0)
+
+
+def test_swapping_the_pair_adds_the_logit() -> None:
+    torch.testing.assert_close(logistic(-LOGITS, full(1.0)), logistic(LOGITS, full(1.0)) + LOGITS, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(logistic(LOGITS, full(0.3)), logistic(-LOGITS, full(0.7)), rtol=1e-12, atol=0)
+
+
+def test_a_logit_of_zero_is_log_two_whatever_the_label() -> None:
+    labels = torch.tensor([0.0, 0.5, 0.8, 1.0], dtype=torch.float64)
+    torch.testing.assert_close(logistic(torch.zeros_like(labels), labels), torch.full_like(labels, math.log(2)), rtol=1e-15, atol=0)
+
+
+def test_a_tie_pulls_towards_zero_from_both_sides() -> None:
+    torch.testing.assert_close(logistic(LOGITS, full(0.5)), logistic(-LOGITS, full(0.5)), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("probability", [0.5, 0.6, 0.9, 0.99])
+def test_soft_labels_are_minimal_at_the_log_odds(probability: float) -> None:
+    p = torch.tensor([probability], dtype=torch.float64)
+    z = torch.log(p / (1 - p)).requires_grad_()
+    loss = logistic(z, p)
+    loss.sum().backward()
+    assert z.grad is not None
+    assert float(z.grad) == pytest.approx(0, abs=1e-15)
+    entropy = -(p * p.log() + (1 - p) * (1 - p).log())
+    torch.testing.assert_close(loss.detach(), entropy, rtol=1e-12, atol=0)
+    for shift in (-0.1, 0.1):
+        assert logistic(z.detach() + shift, p) > loss
+
+
+def test_extreme_logits_stay_finite() -> None:
+    extreme = torch.tensor([-1e4, 1e4], requires_grad=True)
+    loss = logistic(extreme, torch.ones(2))
+    loss.sum().backward()
+    assert loss.tolist() == [1e4, 0.0]
+    assert extreme.grad is not None
+    assert extreme.grad.tolist() == [-1.0, 0.0]
+
+
+def evaluation(policy: Tensor, reference: Tensor | None, target: Tensor, weight: float) -> Evaluation:
+    """A step of constant weight."""
+    shape = target.shape[:2]
+    step = PathStep(target, torch.zeros(shape, dtype=torch.int64), target, torch.full(shape, weight, dtype=target.dtype))
+    return Evaluation(step, policy, reference)
+
+
+def test_errors_are_means_over_an_image_and_weighted_sums_over_steps() -> None:
+    target = torch.zeros(2, 2, 1, 2, 3, dtype=torch.float64)
+    ones, twos = torch.ones_like(target), 2 * torch.ones_like(target)
+    assert mean_squared_error(twos, ones).tolist() == [[1.0, 1.0], [1.0, 1.0]]
+    evals = [evaluation(ones, twos, target, 1.0), evaluation(twos, ones, target, 0.25)]
+    assert torch.equal(policy_error(evals), torch.full((2, 2), 1 + 0.25 * 4, dtype=torch.float64))
+    assert torch.equal(reference_error(evals), torch.full((2, 2), 4 + 0.25, dtype=torch.float64))
+
+
+def test_errors_of_half_precision_are_taken_in_float32() -> None:
+    half = torch.full((1, 2, 1, 1, 4), 0.1, dtype=torch.bfloat16)
+    error = mean_squared_error(half, torch.zeros_like(half))
+    assert error.dtype == torch.float32
+    torch.testing.assert_close(error, half.float().pow(2).flatten(2).mean(-1))
+
+
+def test_a_method_without_its_reference_is_our_mistake() -> None:
+    x = torch.zeros(1, 2, 1, 1, 1)
+    with pytest.raises(AssertionError, match="reference"):
+        reference_error([evaluation(x, None, x, 1.0)])
+
+
+def test_metrics_keep_chosen_and_rejected_apart_and_halve_ties() -> None:
+    reward = torch.tensor([[1.0, 0.0], [0.0, 3.0], [2.0, 2.0]], requires_grad=True)
+    metrics = margin_metrics(reward)
+    assert {name: float(x) for name, x in metrics.items()} == pytest.approx(
+        {"rewards/chosen": 1.0, "rewards/rejected": 5 / 3, "rewards/margins": -2 / 3, "rewards/accuracies": 0.5}
+    )
+    assert not any(x.requires_grad for x in metrics.values())
+    assert {n: float(x) for n, x in error_metrics("policy", reward).items()} == pytest.approx(
+        {"error/policy_chosen": 1.0, "error/policy_rejected": 5 / 3}
+    )
+
+
+def test_batches_can_be_cut_to_their_first_images() -> None:
+    cond = Conditioning(torch.zeros(3, 2, 4, 5), time_ids=torch.zeros(3, 2, 6))
+    batch = PreferenceBatch(torch.zeros(3, 2, 1, 2, 2), cond, torch.tensor([[1.0, 0.0]] * 3), ("a", "b", "c"), (0, 0, 1))
+    first = batch.first(1)
+    assert (batch.group_shape, first.group_shape) == ((3, 2), (3, 1))
+    assert (first.latents.shape[1], first.cond.prompt_embeds.shape[1]) == (1, 1)
+    assert first.cond.time_ids is not None
+    assert first.cond.time_ids.shape == (3, 1, 6)
+    assert first.cond.pooled_prompt_embeds is None
+    assert batch.first(2) is batch
+    assert batch.random(5).visits == (0, 0, 1)
