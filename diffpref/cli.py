@@ -23,8 +23,20 @@ USAGE = """usage: diffpref COMMAND [--setting value ...]
 diffpref COMMAND --help lists the settings of a command."""
 
 
+QUIET = {
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "DIFFUSERS_VERBOSITY": "error",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+}
+"""Environment of the libraries below us, so that the run's own lines can be seen; values already set win."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code: 2 for a mistake of the user, 3 after non-finite updates, 130/143 after a signal."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     words = list(sys.argv[1:] if argv is None else argv)
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
@@ -196,7 +208,6 @@ def _die_with_launcher() -> None:
 
 def script(command: str, *fixed: str) -> int:
     """Entry of the files in scripts/: a subcommand with fixed leading settings."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     return main([command, *fixed, *sys.argv[1:]])
 
 

@@ -71,9 +71,7 @@ def load_pipeline(source: str, revision: str | None = None, variant: str | None 
     try:
         config: dict[str, Any] = DiffusionPipeline.load_config(source, revision=revision)
         extra = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
-        pipeline = DiffusionPipeline.from_pretrained(
-            source, revision=revision, variant=variant, torch_dtype=torch.float32, use_safetensors=True, **extra
-        )
+        pipeline = DiffusionPipeline.from_pretrained(source, revision=revision, variant=variant, use_safetensors=True, **extra)
     except (OSError, ValueError, KeyError) as error:
         place = "folder" if Path(source).exists() else "local folder or hub id"
         raise ValueError(
@@ -81,7 +79,7 @@ def load_pipeline(source: str, revision: str | None = None, variant: str | None 
             f"Give a {place} that holds model_index.json and .safetensors weights, as written by save_pretrained"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return pipeline.to(dtype=torch.float32)
 
 
 def load_backbone(source: str, revision: str | None = None, variant: str | None = None) -> Backbone:

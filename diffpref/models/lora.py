@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
@@ -40,8 +39,12 @@ def add_lora(denoiser: UNet2DConditionModel, rank: int, alpha: float, targets: s
 
 
 def save_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Write pytorch_lora_weights.safetensors with its alpha and rank to `folder`; `pipe.load_lora_weights(folder)` reads it."""
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(pipeline.unet))
+    """Write pytorch_lora_weights.safetensors with its alpha and rank to `folder`; `pipe.load_lora_weights(folder)` reads it.
+
+    All names stay in PEFT's form: diffusers looks at the first name only, and its own older form exists for attention layers
+    alone, so that a file with both would lose the attention layers in silence.
+    """
+    layers = get_peft_model_state_dict(pipeline.unet)
     type(pipeline).save_lora_weights(folder, unet_lora_layers=layers, **_collate_lora_metadata({"unet": pipeline.unet}))
 
 

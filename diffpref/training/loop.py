@@ -42,7 +42,7 @@ def train(run: Run) -> None:
                     accelerator.backward(loss / config.gradient_accumulation_steps)
                 computing += time.perf_counter() - start
                 run.log.collect(loss, out.metrics)
-                if step == 0 and micro_step == 0:
+                if step == run.first_step and micro_step == 0:
                     check_untouched(run, out)
             start = time.perf_counter()
             grad_norm = update(run)
@@ -97,8 +97,8 @@ def count_skipped(run: Run, step: int, values: dict[str, float], batch: Preferen
 def check_untouched(run: Run, out: LossOutput) -> None:
     """At step 0 the policy is the reference, so every margin is 0 (and the loss of a pair is log 2)."""
     margin = out.metrics.get("rewards/margins")
-    if run.warm_start or margin is None:
-        run.say("policy-equals-reference check: skipped")
+    if run.first_step or margin is None:
+        run.say("check that the untouched policy equals the reference: skipped, " + ("resumed run" if run.first_step else "no reference"))
         return
     if not abs(float(margin)) < FIRST_MARGIN_LIMIT:
         raise ValueError(

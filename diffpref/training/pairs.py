@@ -4,36 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 
 import numpy as np
 
 from diffpref.core.random import uniform
-from diffpref.data.pairs import PairDataset, load_pairs, split_held_out, write_rejected
-from diffpref.data.scan import BadRowsError
+from diffpref.data.pairs import PairDataset, load_pairs, split_held_out
 from diffpref.training.config import TrainConfig
 
 
-def load_run_pairs(config: TrainConfig, folder: Path, is_main: bool) -> tuple[PairDataset, PairDataset | None]:
-    """(training pairs, held-out pairs or None). Rejected rows are counted on stderr and listed in rejected_rows.jsonl.
+def load_run_pairs(config: TrainConfig, is_main: bool) -> tuple[PairDataset, PairDataset | None]:
+    """(training pairs, held-out pairs or None). Their numbers are said on stderr.
 
     Raises ValueError for data that cannot be used.
     """
-    try:
-        pairs = load_pairs(
-            str(config.data_source),
-            split=config.split,
-            tie_policy=config.tie_policy,
-            max_samples=config.max_train_samples,
-            check_images=config.check_images,
-            cache_dir=config.cache_dir,
-        )
-    except BadRowsError as error:
-        if is_main and error.rejected:
-            write_rejected(error, folder / "rejected_rows.jsonl")
-        raise
+    pairs = load_pairs(
+        str(config.data_source),
+        split=config.split,
+        tie_policy=config.tie_policy,
+        max_samples=config.max_train_samples,
+        check_images=config.check_images,
+        cache_dir=config.cache_dir,
+    )
     if is_main:
-        _announce(pairs, config, folder)
+        what = {"drop": "dropped", "keep": "kept as probability 0.5", "error": "refused"}[config.tie_policy]
+        print(f"{len(pairs)} pairs, {pairs.ties} ties {what}, {len(pairs.rejected)} rows rejected", file=sys.stderr)
     held_out = None
     if config.held_out_pairs:
         pairs, held_out = split_held_out(pairs, config.held_out_pairs, config.seed)
@@ -42,14 +36,6 @@ def load_run_pairs(config: TrainConfig, folder: Path, is_main: bool) -> tuple[Pa
     if config.label_noise_prob:
         pairs = flip_labels(pairs, config.label_noise_prob, config.seed)
     return pairs, held_out
-
-
-def _announce(pairs: PairDataset, config: TrainConfig, folder: Path) -> None:
-    what = {"drop": "dropped", "keep": "kept as probability 0.5", "error": "refused"}[config.tie_policy]
-    print(f"{len(pairs)} pairs, {pairs.ties} ties {what}, {len(pairs.rejected)} rows rejected", file=sys.stderr)
-    if pairs.rejected:
-        write_rejected(pairs, folder / "rejected_rows.jsonl")
-        print(f"rejected rows are listed in {folder / 'rejected_rows.jsonl'}", file=sys.stderr)
 
 
 def flip_labels(pairs: PairDataset, probability: float, seed: int) -> PairDataset:

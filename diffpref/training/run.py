@@ -31,9 +31,10 @@ from diffpref.sources.dataset import Encoder, LatentCache, from_disk
 from diffpref.training import checkpoint
 from diffpref.training.config import TrainConfig
 from diffpref.training.pairs import load_run_pairs
-from diffpref.training.run_folder import claim, write_manifest
+from diffpref.training.run_folder import claim, open_folder
 from diffpref.training.run_log import RunLog
-from diffpref.training.validation import Validation
+from diffpref.training.settings import to_flat
+from diffpref.training.validation import HeldOut, Validation
 
 
 @dataclass
@@ -55,7 +56,6 @@ class Run:
     log: RunLog
     validation: Validation | None
     first_step: int = 0
-    warm_start: bool = False
     path: ForwardNoising = field(default_factory=ForwardNoising)
 
     @property
@@ -101,19 +101,11 @@ def prepare_run(config: TrainConfig, method: Method) -> Run:
     """Check, load and connect everything; the cheap checks come first. Raises ValueError for whatever the user can mend."""
     accelerator = new_accelerator(config)
     folder, resume = claim(config, method, accelerator)
-    pairs, held_out = load_run_pairs(config, folder, accelerator.is_main_process)
-    backbone = load_backbone(str(config.pretrained_model_name_or_path), config.revision, config.variant)
-    resolution = check_resolution(config, backbone)
-    denoiser = backbone.denoiser
-    make_trainable(config, denoiser)
-    reference_unet = copy.deepcopy(denoiser) if config.tune == "full" and method.needs_reference else None
-    for part in (backbone.pipeline, reference_unet):
-        if part is not None:
-            part.to(accelerator.device)
-    if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    denoiser.train()
+    pairs, held_out = load_run_pairs(config, accelerator.is_main_process)
+    backbone, reference_unet = load_models(config, method, accelerator.device)
+    resolution, denoiser = check_resolution(config, backbone), backbone.denoiser
     trainable = trainable_state(denoiser)
+    validation = Validation.start(config, folder, backbone.pipeline, held_out) if config.validation_steps else None
     optimizer = new_optimizer(config, trainable)
     scheduler = get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, config.max_train_steps)
     first_step = restore(resume, trainable, optimizer, scheduler, config, accelerator)
@@ -126,9 +118,12 @@ def prepare_run(config: TrainConfig, method: Method) -> Run:
     sampler = PairSampler(len(pairs), config.seed)
     pixels = PairPixels(pairs, resolution, config.seed, 0.0 if config.no_hflip else 0.5, config.random_crop)
     source = new_source(config, pixels, sampler, encoder, accelerator, first_step)
-    write_manifest(folder, config, method, pairs, accelerator, backbone)
+    open_folder(folder, config, method, pairs, accelerator, backbone)
+    if config.report_to != "none":
+        accelerator.init_trackers("diffpref", {n: v for n, v in to_flat(config, method).items() if isinstance(v, bool | int | float | str)})
     log = RunLog(accelerator, folder, config.max_train_steps, pairs_per_update(config, accelerator), first_step)
-    validation = new_validation(config, folder, backbone, reference, held_out, resolution, encoder)
+    if validation and held_out is not None and reference is not None:
+        validation.accuracy = held_out_accuracy(config, held_out, backbone, reference, encoder)
     return Run(
         config,
         method,
@@ -146,6 +141,22 @@ def prepare_run(config: TrainConfig, method: Method) -> Run:
         validation,
         first_step,
     )
+
+
+def load_models(config: TrainConfig, method: Method, device: torch.device) -> tuple[Backbone, UNet2DConditionModel | None]:
+    """The model with a trainable UNet, and the frozen copy that full training compares with, if the method needs one."""
+    backbone = load_backbone(str(config.pretrained_model_name_or_path), config.revision, config.variant)
+    check_resolution(config, backbone)
+    denoiser = backbone.denoiser
+    make_trainable(config, denoiser)
+    reference = copy.deepcopy(denoiser) if config.tune == "full" and method.needs_reference else None
+    backbone.pipeline.to(device)
+    if reference is not None:
+        reference.to(device)
+    if config.gradient_checkpointing:
+        denoiser.enable_gradient_checkpointing()
+    denoiser.train()
+    return backbone, reference
 
 
 def new_accelerator(config: TrainConfig) -> Accelerator:
@@ -269,18 +280,8 @@ def new_source(
     return from_disk(pixels, items, encoder, config.dataloader_num_workers)
 
 
-def new_validation(
-    config: TrainConfig,
-    folder: Path,
-    backbone: Backbone,
-    reference: Predict | None,
-    held_out: PairDataset | None,
-    resolution: int,
-    encoder: Encoder,
-) -> Validation | None:
-    """Held-out accuracy and pictures, if validation_steps asks for them."""
-    if not config.validation_steps:
-        return None
-    pixels = None if held_out is None else PairPixels(held_out, resolution, config.seed)
+def held_out_accuracy(config: TrainConfig, held_out: PairDataset, backbone: Backbone, reference: Predict, encoder: Encoder) -> HeldOut:
+    """Implicit accuracy on the held-out pairs, with their full prompts and without mirroring."""
+    pixels = PairPixels(held_out, check_resolution(config, backbone), config.seed)
     plain = dataclasses.replace(encoder, proportion_empty_prompts=0.0, prompt_cache={})
-    return Validation.build(config, folder, backbone, reference, pixels, plain)
+    return HeldOut.build(backbone, reference, pixels, plain)

@@ -16,7 +16,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from diffpref.data.pairs import PairDataset
+from diffpref.data.pairs import PairDataset, write_rejected
 from diffpref.methods import Method
 from diffpref.models.backbone import Backbone
 from diffpref.training.checkpoint import checkpoints, find_checkpoint
@@ -48,7 +48,7 @@ _MAY_CHANGE = {
 
 
 def claim(config: TrainConfig, method: Method, accelerator: Accelerator) -> tuple[Path, Path | None]:
-    """(run folder, checkpoint to resume from or None). Writes the resolved settings.
+    """(run folder, checkpoint to resume from or None). Writes nothing: a run that cannot start leaves no trace.
 
     Raises ValueError when the folder belongs to a run with other settings, or holds a run and no resume was asked for.
     """
@@ -73,9 +73,6 @@ def claim(config: TrainConfig, method: Method, accelerator: Accelerator) -> tupl
         resume, warnings = find_checkpoint(folder, config.resume_from_checkpoint)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        stored.write_text(yaml.safe_dump(settings, sort_keys=False))
     accelerator.wait_for_everyone()
     return folder, resume
 
@@ -89,12 +86,20 @@ def compare(stored: Settings, settings: Settings) -> list[str]:
     return [f"{n}: {stored.get(n)} -> {settings.get(n)}" for n in names if stored.get(n) != settings.get(n)]
 
 
-def write_manifest(
+def open_folder(
     folder: Path, config: TrainConfig, method: Method, pairs: PairDataset, accelerator: Accelerator, backbone: Backbone
 ) -> None:
-    """Versions, revision, data fingerprint and the numbers that are usually hidden: rate and pairs per update."""
+    """Create the run folder with resolved settings, manifest and rejected rows, now that everything is loaded.
+
+    The manifest holds versions, revision, data fingerprint and the numbers that are usually hidden: rate and pairs per update.
+    """
     if not accelerator.is_main_process:
         return
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_flat(config, method), sort_keys=False))
+    if pairs.rejected:
+        write_rejected(pairs, folder / "rejected_rows.jsonl")
+        print(f"rejected rows are listed in {folder / 'rejected_rows.jsonl'}", file=sys.stderr)
     per_update = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
     manifest = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 
-from diffpref.core.policy import adapters_off
 from diffpref.core.types import Predict, PreferenceBatch
 from diffpref.data.loader import PairPixels
+from diffpref.data.pairs import PairDataset
 from diffpref.evaluation.generate import Images, contact_sheet, generate
 from diffpref.models.backbone import Backbone
 from diffpref.scorers.implicit import ImplicitReward, pair_accuracy
@@ -30,23 +30,16 @@ class Validation:
 
     folder: Path
     pipeline: DiffusionPipeline
-    accuracy: HeldOut | None
     prompts: list[str]
     base_pictures: Images
+    accuracy: HeldOut | None = None
 
     @classmethod
-    def build(
-        cls, config: TrainConfig, folder: Path, backbone: Backbone, reference: Predict | None, pixels: PairPixels | None, encoder: Encoder
-    ) -> Validation:
-        """Draw the base pictures now, while the policy is still the base model or an adapter that can be switched off."""
-        prompts = list(config.validation_prompts) or (list(dict.fromkeys(pixels.pairs.prompts)) if pixels else [])
+    def start(cls, config: TrainConfig, folder: Path, pipeline: DiffusionPipeline, held_out: PairDataset | None) -> Validation:
+        """Draw the base pictures; call it while the UNet still is the base model, before a checkpoint is loaded into it."""
+        prompts = list(config.validation_prompts) or (list(dict.fromkeys(held_out.prompts)) if held_out else [])
         prompts = prompts[: config.num_validation_images]
-        accuracy = None
-        if pixels is not None and reference is not None:
-            accuracy = HeldOut.build(backbone, reference, pixels, encoder)
-        with adapters_off(backbone.denoiser):
-            base = _pictures(backbone.pipeline, prompts)
-        return cls(folder / "validation", backbone.pipeline, accuracy, prompts, base)
+        return cls(folder / "validation", pipeline, prompts, _pictures(pipeline, prompts))
 
     def __call__(self, step: int) -> dict[str, Any]:
         if self.prompts:

@@ -1,0 +1,127 @@
+"""LoRA: starts as the base, switches off exactly, and travels through diffusers' own loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from diffpref.core.policy import adapters_off
+from diffpref.core.types import Conditioning
+from diffpref.models.backbone import Backbone, load_backbone
+from diffpref.models.lora import TARGETS, add_lora, save_lora, trainable_state
+
+LEVELS = torch.tensor([[10, 10], [800, 800]])
+
+
+def inputs(backbone: Backbone) -> tuple[Tensor, Tensor, Conditioning]:
+    """x_t, t and conditioning of two pairs."""
+    maker = torch.Generator().manual_seed(0)
+    width = backbone.denoiser.config.cross_attention_dim
+    cond = Conditioning(torch.randn(2, 2, 5, width, generator=maker))
+    if backbone.uses_time_ids:
+        cond = Conditioning(cond.prompt_embeds, torch.randn(2, 2, 16, generator=maker), torch.full((2, 2, 6), 32.0))
+    return torch.randn(2, 2, 4, 8, 8, generator=maker), LEVELS, cond
+
+
+@torch.no_grad()
+def predict(backbone: Backbone) -> Tensor:
+    """The UNet's prediction as it is now."""
+    return backbone.predictor(backbone.denoiser)(*inputs(backbone))
+
+
+def perturb(denoiser: nn.Module) -> None:
+    """As if the adapter had been trained."""
+    maker = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in trainable_state(denoiser).values():
+            p.add_(0.2 * torch.randn(p.shape, generator=maker))
+
+
+@pytest.mark.parametrize("targets", [*TARGETS, "to_q, to_v"])
+def test_a_new_adapter_does_not_change_the_model(targets: str, sd_folder: Path) -> None:
+    backbone = load_backbone(str(sd_folder))
+    before = predict(backbone)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    add_lora(backbone.denoiser, rank=2, alpha=2, targets=targets, seed=0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(predict(backbone), before)
+    trained = trainable_state(backbone.denoiser)
+    assert trained
+    assert all("lora_" in name for name in trained)
+    perturb(backbone.denoiser)
+    assert not torch.allclose(predict(backbone), before, atol=1e-3)
+    with adapters_off(backbone.denoiser):
+        assert torch.equal(predict(backbone), before)
+
+
+def test_the_seed_decides_the_start(sd_folder: Path) -> None:
+    starts = []
+    for seed in (0, 0, 1):
+        denoiser = load_backbone(str(sd_folder)).denoiser
+        add_lora(denoiser, rank=2, alpha=2, targets="attention", seed=seed)
+        starts.append(torch.cat([p.detach().flatten() for p in trainable_state(denoiser).values()]))
+    assert torch.equal(starts[0], starts[1])
+    assert not torch.equal(starts[0], starts[2])
+
+
+def test_named_sets_reach_the_layers_they_promise(sd_unet: UNet2DConditionModel) -> None:
+    add_lora(sd_unet, rank=2, alpha=2, targets="all", seed=0)
+    layers = {name.split(".lora_")[0] for name in trainable_state(sd_unet)}
+    for target in TARGETS["all"]:
+        assert any(layer == target or layer.endswith("." + target) for layer in layers), target
+
+
+@pytest.mark.parametrize(("family", "alpha", "targets"), [("sd", 4, "attention"), ("sdxl", 4, "attention"), ("sd", 10, "all"), ("sdxl", 1, "all")])
+def test_saved_adapters_load_into_a_fresh_pipeline(
+    family: str, alpha: float, targets: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    folder = str(request.getfixturevalue(f"{family}_folder"))
+    trained = load_backbone(folder)
+    before = predict(trained)
+    add_lora(trained.denoiser, rank=4, alpha=alpha, targets=targets, seed=0)
+    perturb(trained.denoiser)
+    save_lora(trained.pipeline, tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
+    fresh = load_backbone(folder)
+    fresh.pipeline.load_lora_weights(tmp_path)
+    torch.testing.assert_close(predict(fresh), predict(trained), rtol=1e-6, atol=1e-6)
+    assert not torch.allclose(predict(fresh), before, atol=1e-3)
+
+
+def test_the_file_holds_every_trained_tensor_and_its_scale(sd_folder: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(str(sd_folder))
+    add_lora(backbone.denoiser, rank=4, alpha=10, targets="attention", seed=0)
+    perturb(backbone.denoiser)
+    save_lora(backbone.pipeline, tmp_path)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    stored = load_file(path)
+    weights = {name: x for name, x in stored.items() if x.ndim > 1}
+    assert len(weights) == len(trainable_state(backbone.denoiser))
+    assert sum(float(x.sum()) for x in weights.values()) == pytest.approx(
+        sum(float(x.sum()) for x in trainable_state(backbone.denoiser).values()), rel=1e-5
+    )
+    with safe_open(path, "pt") as file:
+        assert '"unet.lora_alpha": 10' in (file.metadata() or {}).get("lora_adapter_metadata", "")
+
+
+@pytest.mark.parametrize("targets", ["to_q,to_nothing", "attentoin", " , "])
+def test_unknown_targets_are_the_users_error(targets: str, sd_unet: UNet2DConditionModel) -> None:
+    with pytest.raises(ValueError, match="lora_targets") as caught:
+        add_lora(sd_unet, rank=2, alpha=2, targets=targets, seed=0)
+    assert repr(targets) in str(caught.value)
+    assert not trainable_state(sd_unet)
+
+
+def test_trained_tensors_are_the_parameters_themselves(sd_unet: UNet2DConditionModel) -> None:
+    add_lora(sd_unet, rank=2, alpha=2, targets="to_q", seed=0)
+    named = dict(sd_unet.named_parameters())
+    assert all(p is named[name] for name, p in trainable_state(sd_unet).items())
+    assert isinstance(sd_unet, nn.Module)
+    assert not isinstance(sd_unet, DiffusionPipeline)
