@@ -79,7 +79,10 @@ def load_pipeline(source: str, revision: str | None = None, variant: str | None 
             f"Give a {place} that holds model_index.json and .safetensors weights, as written by save_pretrained"
         ) from error
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline.to(dtype=torch.float32)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            part.float()
+    return pipeline
 
 
 def load_backbone(source: str, revision: str | None = None, variant: str | None = None) -> Backbone:

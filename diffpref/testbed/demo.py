@@ -99,7 +99,7 @@ def make_report(base: Sampler, aligned: Sampler, num_prompts: int, ruler_samples
         },
         timings=timings | {"evaluation": time.perf_counter() - start},
         pictures=_pictures(before, after, seeds),
-        pictures_note="The first 16 test prompts, in order; none was selected. Seed and starting noise are the same left and right.",
+        pictures_note="The first 18 test prompts, in order; none was selected. Seed and starting noise are the same left and right.",
         curves=run["curves"],
         **numbers,  # type: ignore[arg-type]
     )
@@ -150,7 +150,7 @@ def _stored_controls(base: Sampler) -> list[Control]:
     ]
 
 
-def _pictures(before: Measured, after: Measured, seeds: list[int], count: int = 16) -> list[Picture]:
+def _pictures(before: Measured, after: Measured, seeds: list[int], count: int = 18) -> list[Picture]:
     rows = range(min(count, len(seeds)))
     return [
         Picture(before.prompts[i], seeds[i], before.images[i], after.images[i], float(before.score[i]), float(after.score[i])) for i in rows

@@ -67,7 +67,7 @@ def is_complete(folder: Path) -> bool:
     try:
         files = json.loads((folder / _MANIFEST).read_text())
         return all((folder / n).stat().st_size == f["bytes"] and _digest(folder / n) == f["sha256"] for n, f in files.items())
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

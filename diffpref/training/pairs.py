@@ -15,16 +15,23 @@ from diffpref.training.config import TrainConfig
 def load_run_pairs(config: TrainConfig, is_main: bool) -> tuple[PairDataset, PairDataset | None]:
     """(training pairs, held-out pairs or None). Their numbers are said on stderr.
 
-    Raises ValueError for data that cannot be used.
+    Raises ValueError for data that cannot be used, in one line that names the setting; a table of bad rows goes to stderr.
     """
-    pairs = load_pairs(
-        str(config.data_source),
-        split=config.split,
-        tie_policy=config.tie_policy,
-        max_samples=config.max_train_samples,
-        check_images=config.check_images,
-        cache_dir=config.cache_dir,
-    )
+    try:
+        pairs = load_pairs(
+            str(config.data_source),
+            split=config.split,
+            tie_policy=config.tie_policy,
+            max_samples=config.max_train_samples,
+            check_images=config.check_images,
+            cache_dir=config.cache_dir,
+        )
+    except ValueError as error:
+        head, _, table = str(error).partition("\n")
+        if is_main and table:
+            print(table, file=sys.stderr)
+        name = "train_data_dir" if config.train_data_dir else "dataset_name"
+        raise ValueError(f"{name} {config.data_source!r}: {head.removesuffix(':')}") from error
     if is_main:
         what = {"drop": "dropped", "keep": "kept as probability 0.5", "error": "refused"}[config.tie_policy]
         print(f"{len(pairs)} pairs, {pairs.ties} ties {what}, {len(pairs.rejected)} rows rejected", file=sys.stderr)

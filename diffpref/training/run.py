@@ -107,7 +107,9 @@ def prepare_run(config: TrainConfig, method: Method) -> Run:
     trainable = trainable_state(denoiser)
     validation = Validation.start(config, folder, backbone.pipeline, held_out) if config.validation_steps else None
     optimizer = new_optimizer(config, trainable)
-    scheduler = get_scheduler(config.lr_scheduler, optimizer, config.lr_warmup_steps, config.max_train_steps)
+    scheduler = get_scheduler(
+        config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
+    )
     first_step = restore(resume, trainable, optimizer, scheduler, config, accelerator)
     wrapped, prepared = accelerator.prepare(denoiser, optimizer)
     policy = backbone.predictor(wrapped)

@@ -68,9 +68,9 @@ def claim(config: TrainConfig, method: Method, accelerator: Accelerator) -> tupl
     elif folder.exists() and any(folder.iterdir()) and (checkpoints(folder) or (folder / "model_index.json").exists()):
         raise ValueError(f"output_dir {str(folder)!r} holds a model that is not a run of diffpref; choose another output_dir")
     resume = None
-    accelerator.wait_for_everyone()
     if config.resume_from_checkpoint:
-        resume, warnings = find_checkpoint(folder, config.resume_from_checkpoint)
+        with accelerator.main_process_first():  # it renames damaged checkpoints; the others then look at what is left
+            resume, warnings = find_checkpoint(folder, config.resume_from_checkpoint)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     accelerator.wait_for_everyone()
