@@ -81,7 +81,12 @@ def new_text_config(tokenizer: CLIPTokenizer, layers: int) -> CLIPTextConfig:
 def new_scheduler(prediction_type: str) -> DDPMScheduler:
     """The noise schedule of SD and SDXL."""
     return DDPMScheduler(
-        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, clip_sample=False, steps_offset=1, prediction_type=prediction_type
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        clip_sample=False,
+        steps_offset=1,
+        prediction_type=prediction_type,
     )
 
 

@@ -74,8 +74,9 @@ def load_pipeline(source: str, revision: str | None = None, variant: str | None 
         pipeline = DiffusionPipeline.from_pretrained(source, revision=revision, variant=variant, use_safetensors=True, **extra)
     except (OSError, ValueError, KeyError) as error:
         place = "folder" if Path(source).exists() else "local folder or hub id"
+        reason = " ".join(str(error).split())  # diffusers' own messages run over several lines
         raise ValueError(
-            f"pretrained_model_name_or_path {source!r} could not be loaded as a diffusers pipeline ({error}). "
+            f"pretrained_model_name_or_path {source!r} could not be loaded as a diffusers pipeline ({reason}). "
             f"Give a {place} that holds model_index.json and .safetensors weights, as written by save_pretrained"
         ) from error
     pipeline.set_progress_bar_config(disable=True)

@@ -14,6 +14,7 @@ import yaml
 
 from diffpref.data.images import decode_image
 from diffpref.data.pairs import load_pairs, split_held_out
+from diffpref.evaluation.generate import contact_sheet
 from diffpref.evaluation.report import THIS_RUN, Control, ImplicitAccuracy, Picture, Report, three_lines, write_report
 from diffpref.evaluation.stats import count_wins, wilson_interval
 from diffpref.locations import asset
@@ -73,6 +74,8 @@ def report_run(folder: Path, timings: dict[str, float], num_eval_prompts: int = 
 
 def _finish(report: Report, folder: Path) -> None:
     page = write_report(report, folder)
+    shown = report.pictures[:12]
+    contact_sheet([np.stack([p.base for p in shown]), np.stack([p.aligned for p in shown])], 2).save(folder / "side_by_side.png")
     print(f"\n{three_lines(report)}\nreport: {page}", flush=True)
 
 

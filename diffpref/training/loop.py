@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from contextlib import nullcontext
+from contextlib import closing, nullcontext
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ def train(run: Run) -> None:
     """
     config, accelerator = run.config, run.accelerator
     skipped = 0
-    with StopSignals() as signals:
+    with StopSignals() as signals, closing(run.log.bar):  # what is said about the end then stands below the bar
         for step in range(run.first_step, config.max_train_steps):
             computing = 0.0
             for micro_step in range(config.gradient_accumulation_steps):

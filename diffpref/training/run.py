@@ -157,7 +157,7 @@ def load_models(config: TrainConfig, method: Method, device: torch.device) -> tu
         reference.to(device)
     if config.gradient_checkpointing:
         denoiser.enable_gradient_checkpointing()
-    denoiser.train()
+    denoiser.eval()  # dropout would make policy and reference differ; even of probability 0 it changes memory layouts, and so rounding
     return backbone, reference
 
 

@@ -28,6 +28,7 @@ class RunLog:
     def __init__(self, accelerator: Accelerator, folder: Path, num_steps: int, pairs_per_update: int, first_step: int) -> None:
         self.accelerator = accelerator
         self.pairs_per_update = pairs_per_update
+        self.first_step = first_step
         self.window: list[dict[str, Tensor]] = []
         self.started = self.last = time.perf_counter()
         self.file = None
@@ -60,11 +61,11 @@ class RunLog:
         speed = self.pairs_per_update / (now - self.last)
         self.last = now
         self.record(step, {**values, "time/pairs_per_second": speed})
-        self.bar.set_postfix_str(self._summary(values), refresh=False)
+        self.bar.set_postfix_str(self._summary(step, values), refresh=False)
         self.bar.update(1)
 
-    def _summary(self, values: Mapping[str, float]) -> str:
-        done = self.bar.n - self.bar.initial + 1
+    def _summary(self, step: int, values: Mapping[str, float]) -> str:
+        done = step - self.first_step
         parts = [f"{done * self.pairs_per_update / (time.perf_counter() - self.started):.0f} pairs/s", f"loss {values['loss']:.3f}"]
         shown = {"acc": "rewards/accuracies", "win err": "error/policy_chosen", "lose err": "error/policy_rejected"}
         return ", ".join(parts + [f"{label} {values[key]:.3f}" for label, key in shown.items() if key in values])

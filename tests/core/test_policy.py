@@ -51,10 +51,15 @@ def test_switches_come_back_after_an_exception_and_leave_requires_grad(adapted: 
     adapters = [p for name, p in unet.named_parameters() if "lora_" in name]
     adapters[0].requires_grad_(False)  # a frozen adapter weight must stay frozen
     gradients = [p.requires_grad for p in unet.parameters()]
-    with pytest.raises(KeyError), adapters_off(unet):
-        assert all(switches(unet))
-        assert [p.requires_grad for p in unet.parameters()] == gradients
-        raise KeyError
+
+    def fail_inside() -> None:
+        with adapters_off(unet):
+            assert all(switches(unet))
+            assert [p.requires_grad for p in unet.parameters()] == gradients
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_inside()
     assert switches(unet)
     assert not any(switches(unet))
     assert [p.requires_grad for p in unet.parameters()] == gradients

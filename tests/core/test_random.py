@@ -17,7 +17,9 @@ def test_draws_ignore_and_leave_the_global_generator() -> None:
     assert torch.equal(normal((4,), 0, "noise", "a", 0), first)
 
 
-@pytest.mark.parametrize("other", [(1, "noise", "a", 0), (0, "posterior", "a", 0), (0, "noise", "b", 0), (0, "noise", "a", 1), (0, "noise", "a", "0")])
+@pytest.mark.parametrize(
+    "other", [(1, "noise", "a", 0), (0, "posterior", "a", 0), (0, "noise", "b", 0), (0, "noise", "a", 1), (0, "noise", "a", "0")]
+)
 def test_every_part_of_the_key_matters(other: tuple[int, str, str, int]) -> None:
     assert not torch.equal(normal((4,), 0, "noise", "a", 0), normal((4,), *other))
 
@@ -48,10 +50,10 @@ def test_draws_are_float32_on_the_cpu_with_the_right_moments() -> None:
     assert {x.device.type for x in (noise, levels, shares)} == {"cpu"}
     assert abs(float(noise.mean())) < 0.05
     assert abs(float(noise.std()) - 1) < 0.05
-    assert 0 <= int(levels.min())
+    assert int(levels.min()) >= 0
     assert int(levels.max()) <= 999
     assert abs(float(levels.double().mean()) - 499.5) < 25
-    assert 0 <= float(shares.min())
+    assert float(shares.min()) >= 0
     assert float(shares.max()) < 1
     correlation = torch.corrcoef(torch.stack([noise[:, 0], shares, levels.float()]))
     assert (correlation - torch.eye(3)).abs().max() < 0.08

@@ -15,7 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from diffpref.training import checkpoint
-from diffpref.training.checkpoint import checkpoints, find_checkpoint, is_complete, load_checkpoint, optimizer_tensors, restore, save_checkpoint
+from diffpref.training.checkpoint import (
+    checkpoints,
+    find_checkpoint,
+    is_complete,
+    load_checkpoint,
+    optimizer_tensors,
+    restore,
+    save_checkpoint,
+)
 from diffpref.training.run import Run
 
 Start = Callable[..., Run]

@@ -61,7 +61,9 @@ def test_held_out_labels_are_never_flipped(load: Load) -> None:
 
 
 @pytest.mark.parametrize(("policy", "pairs"), [("drop", 23), ("keep", 24)])
-def test_ties(policy: str, pairs: int, load: Load, pair_columns: dict[str, list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_ties(
+    policy: str, pairs: int, load: Load, pair_columns: dict[str, list[Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     tied = pair_columns | {name: [0.5, *pair_columns[name][1:]] for name in ("label_0", "label_1")}
     pq.write_table(pa.table(tied), tmp_path / "pairs.parquet")
     train, _ = load(train_data_dir=str(tmp_path / "pairs.parquet"), tie_policy=policy)
@@ -71,7 +73,7 @@ def test_ties(policy: str, pairs: int, load: Load, pair_columns: dict[str, list[
 
 def test_errors_name_the_setting_in_one_line(load: Load, pair_columns: dict[str, list[Any]], tmp_path: Path) -> None:
     pq.write_table(pa.table(pair_columns | {"label_0": [1.0] * 24, "label_1": [1.0] * 24}), tmp_path / "pairs.parquet")
-    with pytest.raises(ValueError, match="train_data_dir .*none of 24 rows can be used") as caught:
+    with pytest.raises(ValueError, match=r"train_data_dir .*none of 24 rows can be used") as caught:
         load(train_data_dir=str(tmp_path / "pairs.parquet"))
     assert "\n" not in str(caught.value)
     with pytest.raises(ValueError, match=r"train_data_dir '\./nowhere'"):
