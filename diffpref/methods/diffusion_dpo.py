@@ -33,7 +33,7 @@ class DiffusionDPO:
     """Probability that a label is flipped, in [0, 0.5); 0 is plain DPO."""
 
     def __post_init__(self) -> None:
-        if self.beta <= 0:
+        if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}; Diffusion-DPO needs beta > 0, usually 2000 to 5000 on SD and SDXL")
         if not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing is {self.label_smoothing}; it is a probability in [0, 0.5)")

@@ -149,7 +149,7 @@ _AT_LEAST = {
 def _check_ranges(config: TrainConfig) -> None:
     for name, least in _AT_LEAST.items():
         value = getattr(config, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:  # also true of nan
             raise ValueError(f"{name} is {value}; it must be at least {least}")
     for name in ("proportion_empty_prompts", "label_noise_prob"):
         value = getattr(config, name)

@@ -18,8 +18,8 @@ from diffpref.core.types import LossOutput, PreferenceBatch
 from diffpref.training.run import Run
 from diffpref.training.stopping import MAX_SKIPPED, NotFinite, Stopped, StopSignals
 
-FIRST_MARGIN_LIMIT = 1e-3
-"""Largest implicit reward margin of an untouched policy; a larger one means that policy and reference compute differently."""
+UNTOUCHED_LIMIT = {"no": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
+"""Largest relative difference of the errors of an untouched policy and its reference, by mixed_precision; 0 on a CPU."""
 
 
 def train(run: Run) -> None:
@@ -32,6 +32,7 @@ def train(run: Run) -> None:
     with StopSignals() as signals, closing(run.log.bar):  # what is said about the end then stands below the bar
         for step in range(run.first_step, config.max_train_steps):
             computing = 0.0
+            seen: list[str] = []
             for micro_step in range(config.gradient_accumulation_steps):
                 batch = next(run.source)
                 start = time.perf_counter()
@@ -42,18 +43,14 @@ def train(run: Run) -> None:
                     accelerator.backward(loss / config.gradient_accumulation_steps)
                 computing += time.perf_counter() - start
                 run.log.collect(loss, out.metrics)
+                seen += batch.pair_ids
                 if step == run.first_step and micro_step == 0:
                     check_untouched(run, out)
+            values = run.log.means() | {"lr": float(run.scheduler.get_last_lr()[0])}
             start = time.perf_counter()
-            grad_norm = update(run)
-            computing += time.perf_counter() - start
-            rate = float(run.scheduler.get_last_lr()[0])
-            values: dict[str, float] = run.log.means() | {
-                "grad_norm": grad_norm,
-                "lr": rate,
-                "time/compute": computing,
-            }
-            skipped = count_skipped(run, step, values, batch, skipped)
+            values["grad_norm"] = update(run, values["loss"])
+            values["time/compute"] = computing + time.perf_counter() - start
+            skipped = count_skipped(run, step, values, seen, skipped)
             run.scheduler.step()
             run.log.write(step + 1, values)
             finish_step(run, step + 1, signals.code)
@@ -68,24 +65,22 @@ def forward(run: Run, batch: PreferenceBatch) -> LossOutput:
     return run.method.loss(batch, evals)
 
 
-def update(run: Run) -> float:
-    """Clip and step; returns the gradient norm before clipping. A non-finite gradient never reaches the weights."""
+def update(run: Run, loss: float) -> float:
+    """Clip and step; returns the gradient norm before clipping. A non-finite loss or gradient never reaches the weights."""
     norm = run.accelerator.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
     norm = float(norm) if isinstance(norm, Tensor) else 0.0
-    if math.isfinite(norm) or run.accelerator.scaler is not None:  # the scaler skips overflows itself
+    if math.isfinite(loss) and (math.isfinite(norm) or run.accelerator.scaler is not None):  # the scaler skips overflows itself
         run.optimizer.step()
     run.optimizer.zero_grad()
     return norm
 
 
-def count_skipped(run: Run, step: int, values: dict[str, float], batch: PreferenceBatch, skipped: int) -> int:
+def count_skipped(run: Run, step: int, values: dict[str, float], pair_ids: list[str], skipped: int) -> int:
     """Report a non-finite update; raises NotFinite at the third in a row."""
     overflow = run.accelerator.scaler is not None and math.isfinite(values["loss"])
     if (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])) or overflow:
         return 0
-    run.say(
-        f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: update skipped, pairs {', '.join(batch.pair_ids)}"
-    )
+    run.say(f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: update skipped, pairs {', '.join(pair_ids)}")
     if skipped + 1 >= MAX_SKIPPED:
         raise NotFinite(
             f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step + 1}; the newest checkpoint is from before. "
@@ -95,14 +90,15 @@ def count_skipped(run: Run, step: int, values: dict[str, float], batch: Preferen
 
 
 def check_untouched(run: Run, out: LossOutput) -> None:
-    """At step 0 the policy is the reference, so every margin is 0 (and the loss of a pair is log 2)."""
-    margin = out.metrics.get("rewards/margins")
-    if run.first_step or margin is None:
+    """At step 0 the policy is the reference: equal errors, margin 0, and a loss of log 2 for a pair."""
+    errors = [out.metrics.get(f"error/{who}_chosen") for who in ("policy", "reference")]
+    if run.first_step or errors[1] is None:
         run.say("check that the untouched policy equals the reference: skipped, " + ("resumed run" if run.first_step else "no reference"))
         return
-    if not abs(float(margin)) < FIRST_MARGIN_LIMIT:
+    policy, reference = (float(e) for e in errors if e is not None)
+    if not abs(policy - reference) <= UNTOUCHED_LIMIT[run.config.mixed_precision] * reference:
         raise ValueError(
-            f"before the first step the implicit margin is {float(margin):.3g} instead of 0: policy and reference compute differently. "
+            f"before the first step the policy's error is {policy:.6g} and the reference's {reference:.6g}: they compute differently. "
             "Use the same precision for both, and no adapter initialisation that changes the base weights"
         )
 

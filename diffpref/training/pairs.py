@@ -37,6 +37,8 @@ def load_run_pairs(config: TrainConfig, is_main: bool) -> tuple[PairDataset, Pai
         print(f"{len(pairs)} pairs, {pairs.ties} ties {what}, {len(pairs.rejected)} rows rejected", file=sys.stderr)
     held_out = None
     if config.held_out_pairs:
+        if config.held_out_pairs >= len(pairs):
+            raise ValueError(f"held_out_pairs is {config.held_out_pairs}, but the data has {len(pairs)} pairs; leave some to train on")
         pairs, held_out = split_held_out(pairs, config.held_out_pairs, config.seed)
     if not len(pairs):
         raise ValueError(f"held_out_pairs is {config.held_out_pairs}, which leaves no pair to train on; lower it")

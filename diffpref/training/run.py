@@ -55,6 +55,7 @@ class Run:
     source: Iterator[PreferenceBatch]
     log: RunLog
     validation: Validation | None
+    data: str  # fingerprint of the training pairs
     first_step: int = 0
     path: ForwardNoising = field(default_factory=ForwardNoising)
 
@@ -81,6 +82,7 @@ class Run:
             state = {
                 "scheduler": {"last_epoch": self.scheduler.last_epoch},
                 "pairs_per_update": pairs_per_update(self.config, self.accelerator),
+                "data": self.data,
             }
             if self.accelerator.scaler is not None:
                 state["scaler"] = self.accelerator.scaler.state_dict()
@@ -110,7 +112,7 @@ def prepare_run(config: TrainConfig, method: Method) -> Run:
     scheduler = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
     )
-    first_step = restore(resume, trainable, optimizer, scheduler, config, accelerator)
+    first_step = restore(resume, trainable, optimizer, scheduler, config, accelerator, pairs.fingerprint)
     wrapped, prepared = accelerator.prepare(denoiser, optimizer)
     policy = backbone.predictor(wrapped)
     reference = None
@@ -127,21 +129,22 @@ def prepare_run(config: TrainConfig, method: Method) -> Run:
     if validation and held_out is not None and reference is not None:
         validation.accuracy = held_out_accuracy(config, held_out, backbone, reference, encoder)
     return Run(
-        config,
-        method,
-        accelerator,
-        folder,
-        backbone,
-        wrapped,
-        trainable,
-        policy,
-        reference,
-        prepared,
-        scheduler,
-        source,
-        log,
-        validation,
-        first_step,
+        config=config,
+        method=method,
+        accelerator=accelerator,
+        folder=folder,
+        backbone=backbone,
+        wrapped=wrapped,
+        trainable=trainable,
+        policy=policy,
+        reference=reference,
+        optimizer=prepared,
+        scheduler=scheduler,
+        source=source,
+        log=log,
+        validation=validation,
+        data=pairs.fingerprint,
+        first_step=first_step,
     )
 
 
@@ -228,8 +231,12 @@ def restore(
     scheduler: LambdaLR,
     config: TrainConfig,
     accelerator: Accelerator,
+    data: str,
 ) -> int:
-    """Load a checkpoint into the existing parameters; returns the number of finished steps, 0 without a checkpoint."""
+    """Load a checkpoint into the existing parameters; returns the number of finished steps, 0 without a checkpoint.
+
+    Raises ValueError when the pairs or the number of pairs per update are not those of the checkpoint.
+    """
     if folder is None:
         return 0
     tensors, state = checkpoint.load_checkpoint(folder)
@@ -239,6 +246,8 @@ def restore(
             f"train_batch_size x gradient_accumulation_steps x processes is {now}, but the checkpoint was trained with "
             f"{state['pairs_per_update']} pairs per update; choose them so that the product stays"
         )
+    if state["data"] != data:
+        raise ValueError(f"{config.data_source!r} holds other pairs than the checkpoint was trained on; bring back the data, or start anew")
     checkpoint.restore(trainable, optimizer, tensors)
     scheduler.last_epoch = state["scheduler"]["last_epoch"]
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):

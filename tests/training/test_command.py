@@ -184,7 +184,7 @@ BAD: dict[str, tuple[Settings | Callable[[dict[str, list[Any]], Path], Settings]
     "half precision on a CPU": ({"mixed_precision": "fp16"}, ["mixed_precision is fp16", "GPU"]),
     "unknown method": ({"method": "dpo2"}, ["method is 'dpo2'", "diffusion_dpo, sft"]),
     "beta of zero": ({"beta": 0}, ["beta is 0", "beta > 0"]),
-    "foreign setting": ({"method": "sft", "beta": 5}, ["beta is no setting of method sft"]),
+    "foreign setting": ({"method": "sft", "beta": 5}, ["beta is 5, but it is no setting of method sft"]),
     "unknown LoRA targets": ({"lora_targets": "to_x"}, ["lora_targets 'to_x'", "attention"]),
     "wrong type": ({"max_train_steps": "many"}, ["max_train_steps is 'many'", "whole number"]),
     "out of range": ({"proportion_empty_prompts": 1.5}, ["proportion_empty_prompts is 1.5"]),
