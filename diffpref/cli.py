@@ -88,9 +88,8 @@ def train(argv: list[str]) -> int:
     mine = names_of(METHODS[method_name])
     foreign = [n for n in settings if n not in names_of(TrainConfig) and n not in mine]
     if foreign:
-        raise ValueError(
-            f"{foreign[0]} is {settings[foreign[0]]!r}, but it is no setting of method {method_name}; it has {', '.join(mine) or 'none of its own'}"
-        )
+        owned = ", ".join(mine) or "none of its own"
+        raise ValueError(f"{foreign[0]} is {settings[foreign[0]]!r}, but it is no setting of method {method_name}; it has {owned}")
     config = build(TrainConfig, {n: v for n, v in settings.items() if n not in mine})
     return _run(config, build(METHODS[method_name], {n: v for n, v in settings.items() if n in mine}), on_testbed, evaluation)
 
