@@ -9,7 +9,6 @@ import ctypes
 import os
 import signal
 import sys
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,58 +59,64 @@ def train(argv: list[str]) -> int:
     _die_with_launcher()
     from diffpref.methods import METHODS
     from diffpref.training.config import TrainConfig
-    from diffpref.training.settings import ALIASES, build, help_text, names_of, parse_flags, read_yaml
+    from diffpref.training.settings import ALIASES, build, convert, help_text, names_of, parse_flags, read_yaml
 
-    extra = ("config", "help", *EVALUATION_SETTINGS)
+    extra = ("config", "help", "num_eval_prompts")
     known = [*dict.fromkeys([*names_of(TrainConfig, *METHODS.values()), *extra])]
     flags = parse_flags(argv, known)
     if flags.pop("help", False):
         print(f"usage: diffpref train [--config FILE.yaml] [--setting value ...]\n{help_text(TrainConfig, *METHODS.values())}")
+        print("\n  --num_eval_prompts  (int, default 200)\n      Testbed only: test prompts of the report.")
         print(f"\nAlso accepted: {', '.join(f'--{a} for --{b}' for a, b in ALIASES.items())}")
         return 0
     path = flags.pop("config", None)
     settings = (read_yaml(path, known) if path else {}) | flags
-    on_testbed = settings.get("pretrained_model_name_or_path") is None and not (
-        settings.get("train_data_dir") or settings.get("dataset_name")
-    )
+    method = METHODS.get(settings.get("method", TrainConfig.method))
+    if method is None:
+        raise ValueError(f"method is {settings['method']!r}; accepted: {', '.join(METHODS)}")
+    _check_used(settings, names_of(TrainConfig), names_of(method))
+    on_testbed = not any(settings.get(name) for name in SOURCES)
     if on_testbed:
         settings = _testbed_settings(settings, known)
         print(f"No model and no data given: using the embedded testbed, method {settings['method']}.", flush=True)
     _check_model_and_data(settings)
-    evaluation = {name: settings.pop(name) for name in EVALUATION_SETTINGS if name in settings}
-    if evaluation and not on_testbed:
-        raise ValueError(f"{next(iter(evaluation))} belongs to the testbed's report; leave it out when model and data are given")
-    method_name = settings.get("method", TrainConfig.method)
-    if method_name not in METHODS:
-        raise ValueError(f"method is {method_name!r}; accepted: {', '.join(METHODS)}")
-    settings.setdefault("output_dir", f"outputs/{method_name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    mine = names_of(METHODS[method_name])
-    foreign = [n for n in settings if n not in names_of(TrainConfig) and n not in mine]
-    if foreign:
-        owned = ", ".join(mine) or "none of its own"
-        raise ValueError(f"{foreign[0]} is {settings[foreign[0]]!r}, but it is no setting of method {method_name}; it has {owned}")
+    num_prompts = convert("num_eval_prompts", settings.pop("num_eval_prompts", 200 if on_testbed else None), int | None)
+    if num_prompts is not None and (not on_testbed or num_prompts < 1):
+        raise ValueError(
+            f"num_eval_prompts is {num_prompts}; it is at least 1, and belongs to the testbed: leave it out with a model and data"
+        )
+    mine = names_of(method)
     config = build(TrainConfig, {n: v for n, v in settings.items() if n not in mine})
-    return _run(config, build(METHODS[method_name], {n: v for n, v in settings.items() if n in mine}), on_testbed, evaluation)
+    return _run(config, build(method, {n: v for n, v in settings.items() if n in mine}), num_prompts)
 
 
-EVALUATION_SETTINGS = ("num_eval_prompts", "eval_batch_size")
-"""Settings of the comparison that follows a run on the testbed."""
+SOURCES = ("pretrained_model_name_or_path", "train_data_dir", "dataset_name")
+"""Without any of these a run uses the testbed."""
+LORA_SETTINGS = ("rank", "lora_alpha", "lora_targets", "merge_lora")
+
+
+def _check_used(settings: dict[str, Any], common: list[str], owned: list[str]) -> None:
+    """Raises ValueError for a setting that the method, or full tuning, would ignore."""
+    for name, value in settings.items():
+        if name not in (*common, *owned, "num_eval_prompts"):
+            known = ", ".join(owned) or "none of its own"
+            raise ValueError(f"{name} is {value!r}, but it is no setting of method {settings.get('method')}; it has {known}")
+        if settings.get("tune") == "full" and name in LORA_SETTINGS:
+            raise ValueError(f"{name} is {value!r}, but tune is full, which has no adapter; leave it out or use tune lora")
 
 
 def _testbed_settings(settings: dict[str, Any], known: list[str]) -> dict[str, Any]:
-    """The testbed's settings for the chosen method, overridden by `settings`."""
+    """The testbed's settings for the chosen method and tuning, overridden by `settings`."""
     from diffpref.locations import asset, config_file
     from diffpref.training.settings import read_yaml
 
     method = settings.get("method", "diffusion_dpo")
-    defaults = read_yaml(config_file("testbed", f"{method}.yaml"), known)
-    if settings.get("tune") == "full" and defaults.get("tune") == "lora":
-        defaults = read_yaml(config_file("testbed", f"{method}_full.yaml"), known)
+    file = f"{method}_full.yaml" if settings.get("tune") == "full" else f"{method}.yaml"
     places = {
         "pretrained_model_name_or_path": str(asset("testbed", "pipeline")),
         "train_data_dir": str(asset("testbed", "pairs")),
     }
-    return defaults | {n: v for n, v in settings.items() if v is not None or n not in places} | places
+    return read_yaml(config_file("testbed", file), known) | settings | places
 
 
 def _check_model_and_data(settings: dict[str, Any]) -> None:
@@ -119,49 +124,41 @@ def _check_model_and_data(settings: dict[str, Any]) -> None:
     has_data = bool(settings.get("train_data_dir") or settings.get("dataset_name"))
     if has_model and not has_data:
         raise ValueError(
-            "a model is given but no data: add --train_data_dir FOLDER or --dataset_name HUB_ID (or give neither, for the testbed)"
+            f"pretrained_model_name_or_path is {settings['pretrained_model_name_or_path']!r} but no data is given: "
+            "add --train_data_dir FOLDER or --dataset_name HUB_ID (or give neither, for the testbed)"
         )
     if has_data and not has_model:
+        source = settings.get("train_data_dir") or settings.get("dataset_name")
         raise ValueError(
-            "data is given but no model: add --pretrained_model_name_or_path FOLDER_OR_HUB_ID (or give neither, for the testbed)"
+            f"data {source!r} is given but no model: "
+            "add --pretrained_model_name_or_path FOLDER_OR_HUB_ID (or give neither, for the testbed)"
         )
 
 
-def _run(config: Any, method: Any, on_testbed: bool, evaluation: dict[str, Any]) -> int:
-    from diffpref.training.export import export
-    from diffpref.training.loop import train as run_loop
-    from diffpref.training.run import prepare_run
+def _run(config: Any, method: Any, num_eval_prompts: int | None) -> int:
+    """Align, and with num_eval_prompts compare with the testbed's base."""
+    from diffpref.training.align import align
     from diffpref.training.stopping import NotFinite, Stopped
 
-    start = time.perf_counter()
-    run = prepare_run(config, method)
-    prepared = time.perf_counter()
     try:
-        run_loop(run)
+        aligned = align(config, method)
     except Stopped as stop:
-        run.say(str(stop))
+        print(stop, file=sys.stderr, flush=True)
         return stop.code
     except NotFinite as problem:
-        run.say(f"error: {problem}")
+        print(f"error: {problem}", file=sys.stderr, flush=True)
         return 3
-    finally:
-        run.log.close()
-    timings = {"loading": prepared - start, "training": time.perf_counter() - prepared}
-    if run.accelerator.is_main_process:
-        export(run.backbone.pipeline, run.folder, config.tune, config.merge_lora)
-        if on_testbed:
-            from diffpref.testbed.demo import report_run
+    if aligned.is_main_process and num_eval_prompts:
+        from diffpref.testbed.demo import report_run
 
-            report_run(run.folder, timings, **evaluation)
-        else:
-            print(f"aligned model: {run.folder}")
-    run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+        report_run(aligned.folder, aligned.timings, num_eval_prompts)
+    elif aligned.is_main_process:
+        print(f"aligned model: {aligned.folder}")
     return 0
 
 
 def generate(argv: list[str]) -> int:
-    """Pictures from prompts and seeds; see diffpref/evaluation/sample.py."""
+    """Pictures from prompts and seeds; see diffpref/inference/sample.py."""
     from diffpref.inference.sample import SampleConfig, sample
 
     config = _configured(SampleConfig, argv, "generate")

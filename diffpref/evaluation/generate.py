@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from diffpref.core.random import normal
+from diffpref.core.random import generator, normal
 
 Images = np.ndarray
 """uint8 (N, H, W, 3)."""
@@ -53,10 +53,12 @@ def generate(
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
         latents = starting_latents(seeds[rows], shape).to(pipeline.device, pipeline.unet.dtype)
+        generators = [generator(seed, "sampler") for seed in seeds[rows]]  # for samplers that add noise on the way
         with torch.inference_mode():
             out = pipeline(
                 prompt=list(prompts[rows]),
                 latents=latents,
+                generator=generators,
                 height=height,
                 width=width,
                 num_inference_steps=num_inference_steps,

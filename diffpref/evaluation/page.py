@@ -88,6 +88,8 @@ def _score_fact(report: Report) -> str:
 
 def _best_of_n_fact(report: Report) -> str:
     n, samples = report.best_of_n_equivalent, report.best_of_n_samples
+    if math.isnan(n):
+        return ""
     if not report.best_of_n_reached:
         number = f"&gt; {samples}"
         text = f"Even the best of {samples} base pictures per prompt scores lower, on average, than one aligned picture."

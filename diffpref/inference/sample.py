@@ -19,6 +19,7 @@ from PIL import Image
 from diffpref.evaluation.generate import as_rows, contact_sheet, generate
 from diffpref.locations import asset
 from diffpref.models.backbone import load_pipeline
+from diffpref.models.lora import LORA_FILE
 
 SAMPLERS: Mapping[str, tuple[str, dict[str, object]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -57,7 +58,7 @@ class SampleConfig:
     seed: int = 0
     """First seed; a picture depends on its prompt, its seed and the settings, not on its neighbours."""
     sampler: Literal["checkpoint", "ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc"] = "checkpoint"
-    """Scheduler; the checkpoint's own by default. Ancestral ones add noise that depends on the batch."""
+    """Scheduler; the checkpoint's own by default."""
     num_inference_steps: int = 25
     """Denoising steps."""
     guidance_scale: float = 5.0
@@ -137,7 +138,7 @@ def load(config: SampleConfig) -> DiffusionPipeline:
     pipeline = load_pipeline(source, config.revision, config.variant)
     if config.lora:
         try:
-            pipeline.load_lora_weights(config.lora, use_safetensors=True)
+            pipeline.load_lora_weights(config.lora, weight_name=LORA_FILE, use_safetensors=True)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise ValueError(
                 f"lora {config.lora!r} could not be loaded ({error}); give a folder with pytorch_lora_weights.safetensors"

@@ -11,6 +11,8 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from torch import Tensor, nn
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
+"""What save_lora writes."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 TARGETS: Mapping[str, tuple[str, ...]] = {
     "attention": ATTENTION,

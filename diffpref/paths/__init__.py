@@ -1,5 +1,1 @@
 """How x_t and its regression target are reached from a batch."""
-
-from diffpref.paths.forward import ForwardNoising
-
-PATHS = {"forward": ForwardNoising}

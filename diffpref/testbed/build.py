@@ -66,7 +66,7 @@ class PairsConfig:
 
     regime: Literal["own", "mismatch", "noisy"] = "own"
     """own: samples of the base; mismatch: a worse, restyled generator; noisy: 12 % ties and 60 % agreement."""
-    pairs: int = 1800
+    pairs: int = 2400
     """Number of pairs."""
     seed: int = 0
     """Seed of pictures and labels."""
@@ -86,7 +86,7 @@ class RulerConfig:
     """File to write."""
     prompts: int = 500
     """Test prompts."""
-    samples: int = 16
+    samples: int = 12
     """Base pictures per prompt."""
     model: str | None = None
     """Folder of the base pipeline; the shipped one when not given."""

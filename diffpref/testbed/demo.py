@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
@@ -18,6 +19,7 @@ from diffpref.evaluation.generate import contact_sheet
 from diffpref.evaluation.report import THIS_RUN, Control, ImplicitAccuracy, Picture, Report, three_lines, write_report
 from diffpref.evaluation.stats import count_wins, wilson_interval
 from diffpref.locations import asset
+from diffpref.models.lora import LORA_FILE
 from diffpref.testbed.measure import Measured, Ruler, apply_filter, comparison, fingerprint, measure, seeds_for
 from diffpref.testbed.prompts import draw_prompts
 from diffpref.testbed.reward import WEIGHTS, reward
@@ -52,24 +54,27 @@ def compare_models(config: CompareConfig) -> int:
     if not folder.is_dir():
         raise ValueError(f"aligned is {config.aligned!r}, which is no folder; give the output_dir of a run")
     base = config.base or str(asset("testbed", "pipeline"))
-    if (folder / "model_index.json").exists():
-        aligned = Sampler(str(folder), None, config.num_inference_steps, config.guidance_scale)
-    elif (folder / "pytorch_lora_weights.safetensors").exists():
-        aligned = Sampler(base, str(folder), config.num_inference_steps, config.guidance_scale)
-    else:
-        raise ValueError(f"aligned is {config.aligned!r}, which holds neither model_index.json nor pytorch_lora_weights.safetensors")
     if config.num_eval_prompts < 1:
         raise ValueError(f"num_eval_prompts is {config.num_eval_prompts}; it must be at least 1")
     reference = Sampler(base, None, config.num_inference_steps, config.guidance_scale)
-    report = make_report(reference, aligned, config.num_eval_prompts, config.best_of_n_samples, folder, {})
+    report = make_report(reference, aligned_sampler(reference, folder), config.num_eval_prompts, config.best_of_n_samples, folder, {})
     _finish(report, Path(config.output_dir or folder))
     return 0
 
 
-def report_run(folder: Path, timings: dict[str, float], num_eval_prompts: int = 200, eval_batch_size: int | None = None) -> None:
+def report_run(folder: Path, timings: dict[str, float], num_eval_prompts: int) -> None:
     """Compare the model that a run just exported with the testbed's base."""
-    reference, aligned = Sampler(str(asset("testbed", "pipeline"))), Sampler(str(folder))
-    _finish(make_report(reference, aligned, num_eval_prompts, 0, folder, timings), folder)
+    reference = Sampler(str(asset("testbed", "pipeline")))
+    _finish(make_report(reference, aligned_sampler(reference, folder), num_eval_prompts, 0, folder, timings), folder)
+
+
+def aligned_sampler(base: Sampler, folder: Path) -> Sampler:
+    """The pipeline in `folder`, or the base with the LoRA file in it. Raises ValueError when there is neither."""
+    if (folder / "model_index.json").exists():
+        return dataclasses.replace(base, model=str(folder))
+    if (folder / LORA_FILE).exists():
+        return dataclasses.replace(base, lora=str(folder))
+    raise ValueError(f"aligned is {str(folder)!r}, which holds neither model_index.json nor {LORA_FILE}")
 
 
 def _finish(report: Report, folder: Path) -> None:
@@ -113,8 +118,9 @@ def _ruler(base: Sampler, prompts: list[str], num_samples: int) -> np.ndarray | 
     path = asset("testbed") / "ruler.json"
     if path.exists():
         stored = Ruler.load(path)
-        if (stored.steps, stored.guidance) == (base.steps, base.guidance) and stored.model == fingerprint(Path(base.model)):
-            return stored.scores[: len(prompts)] if len(prompts) <= len(stored.scores) else None
+        fits = (stored.steps, stored.guidance) == (base.steps, base.guidance) and stored.model == fingerprint(Path(base.model))
+        if fits and len(prompts) <= len(stored.scores):
+            return stored.scores[: len(prompts)]
     if num_samples < 1:
         return None
     columns = [reward(base(prompts, seeds_for(len(prompts), 1 + m)), prompts) for m in range(num_samples)]
@@ -210,7 +216,7 @@ def _curves(rows: list[dict[str, Any]]) -> dict[str, dict[str, list[tuple[float,
     }
     for row in rows:
         for side in ("chosen", "rejected"):
-            if f"error/reference_{side}" in row:
+            if row.get(f"error/reference_{side}") is not None and row[f"error/policy_{side}"] is not None:
                 row[side] = row[f"error/policy_{side}"] - row[f"error/reference_{side}"]
     found = {}
     for panel, lines in panels.items():

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import shutil
 import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -18,16 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from diffpref.evaluation.stats import wilson_interval
+from diffpref.evaluation.stats import count_wins, wilson_interval
 from diffpref.locations import asset, config_file
 from diffpref.methods import METHODS
 from diffpref.testbed.measure import FILTERS, Measured, Ruler, apply_filter, comparison, fingerprint, measure, seeds_for
 from diffpref.testbed.prompts import draw_prompts
 from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler, sample_parallel
+from diffpref.training.align import align
 from diffpref.training.config import TrainConfig
-from diffpref.training.export import export
-from diffpref.training.loop import train
-from diffpref.training.run import prepare_run
 from diffpref.training.settings import build, names_of, read_yaml
 
 LABELS = {"true": 0.0, "shuffled": 0.5, "inverted": 1.0}
@@ -47,7 +46,7 @@ class ResultsConfig:
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds with true labels."""
     control_seeds: tuple[int, ...] = (0,)
-    """Training seeds with shuffled and inverted labels."""
+    """Training seeds of the controls: shuffled and inverted labels, and SFT."""
     max_train_steps: int | None = None
     """Another number of steps than the recipe's, for a trial."""
     num_prompts: int = 500
@@ -79,28 +78,29 @@ def run_results(config: ResultsConfig) -> None:
     out.mkdir(parents=True, exist_ok=True)
     base = measure_base(config)
     np.savez_compressed(out / "base.npz", images=base.images)
-    jobs = [Job(r, "true", s, config) for s in config.seeds for r in config.recipes]
+    jobs = [Job(r, "true", s, config) for r in config.recipes for s in (config.seeds if r != "sft" else config.control_seeds)]
     jobs += [
         Job(r, labels, s, config) for r in config.recipes if r != "sft" for labels in ("inverted", "shuffled") for s in config.control_seeds
     ]
-    waiting = [job for job in jobs if not (out / f"{job.name}.json").exists()]
+    waiting = [job for job in jobs if stored_row(job) is None]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         for row in pool.map(run_job, waiting):
             print(f"{row['name']}: win rate {row['win_rate']:.3f}, best of {row.get('best_of_n_equivalent', float('nan')):.1f}", flush=True)
     rows = [json.loads((out / f"{job.name}.json").read_text()) for job in jobs]
-    untrained = json.loads((out / "untrained.json").read_text()) if (out / "untrained.json").exists() else run_untrained(config, base)
-    (out / "untrained.json").write_text(json.dumps(untrained, indent=1))
+    untrained = run_untrained(config, base)
     result = {
         "date": time.strftime("%Y-%m-%d"),
         "model": fingerprint(asset("testbed", "pipeline")),
         "num_prompts": config.num_prompts,
         "untrained": untrained,
         "runs": rows,
+        "clean_effects": clean_effects(rows),
         "controls": controls(rows, untrained),
     }
     (out / "results.json").write_text(json.dumps(result, indent=1))
     print(markdown(rows, untrained))
+    print(json.dumps(result["clean_effects"], indent=1))
 
 
 def measure_base(config: ResultsConfig) -> Measured:
@@ -110,43 +110,59 @@ def measure_base(config: ResultsConfig) -> Measured:
     return measure(sample_parallel(sampler, texts, seeds_for(len(texts)), config.processes), texts)
 
 
-def run_job(job: Job) -> dict[str, Any]:
-    """Train, export, generate, compare; the row is also written to <name>.json."""
+def recipe_of(job: Job) -> dict[str, Any]:
+    """The settings of a job."""
     config = job.config
     recipe = read_yaml(config_file("testbed", f"{job.recipe}.yaml"), names_of(TrainConfig, *METHODS.values()))
-    out = Path(config.out)
     recipe |= {
         "pretrained_model_name_or_path": str(asset("testbed", "pipeline")),
         "train_data_dir": str(asset("testbed", "pairs")),
-        "output_dir": str(out / job.name),
+        "output_dir": str(Path(config.out) / job.name),
         "seed": job.seed,
         "label_noise_prob": LABELS[job.labels],
         "resume_from_checkpoint": "latest",
         "validation_steps": None,
-        "merge_lora": True,
+        "merge_lora": recipe["tune"] == "lora",
     }
-    if config.max_train_steps:
-        recipe["max_train_steps"] = config.max_train_steps
-    method = METHODS[recipe.get("method", "diffusion_dpo")]
+    return recipe | ({"max_train_steps": config.max_train_steps} if config.max_train_steps else {})
+
+
+def key_of(job: Job) -> dict[str, Any]:
+    """What a stored row must agree with to be used again: settings, base model, prompts."""
+    hidden = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
+    settings = {name: value for name, value in recipe_of(job).items() if name not in hidden}
+    model = fingerprint(asset("testbed", "pipeline"))
+    return {"settings": settings, "model": model, "purpose": job.config.purpose, "num_prompts": job.config.num_prompts}
+
+
+def stored_row(job: Job) -> dict[str, Any] | None:
+    """The row of an earlier call, if it was measured under the same key."""
+    path = Path(job.config.out) / f"{job.name}.json"
+    if not path.exists():
+        return None
+    row = json.loads(path.read_text())
+    return row if row["key"] == json.loads(json.dumps(key_of(job))) else None
+
+
+def run_job(job: Job) -> dict[str, Any]:
+    """Train, export, generate, compare; the row is also written to <name>.json."""
+    config, recipe, out = job.config, recipe_of(job), Path(job.config.out)
+    method = METHODS[recipe["method"]]
     mine = names_of(method)
-    start, cpu = time.perf_counter(), time.process_time()
-    run = prepare_run(
-        build(TrainConfig, {k: v for k, v in recipe.items() if k not in mine}),
-        build(method, {k: v for k, v in recipe.items() if k in mine}),
-    )
-    train(run)
-    seconds, cpu_seconds = time.perf_counter() - start, time.process_time() - cpu
-    run.log.close()
-    export(run.backbone.pipeline, run.folder, run.config.tune, run.config.merge_lora)
-    texts = draw_prompts(config.purpose, config.num_prompts)  # type: ignore[arg-type]
-    base = measure(np.load(out / "base.npz")["images"], texts.texts)
-    after = measure(Sampler(str(run.folder))(texts.texts, seeds_for(len(texts.texts))), texts.texts)
+    settings = build(TrainConfig, {k: v for k, v in recipe.items() if k not in mine})
+    shutil.rmtree(out / job.name, ignore_errors=True)
+    cpu = time.process_time()
+    run = align(settings, build(method, {k: v for k, v in recipe.items() if k in mine}))
+    row: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "labels": job.labels, "seed": job.seed, "key": key_of(job)}
+    row |= {"seconds_training": run.timings["training"], "cpu_seconds": time.process_time() - cpu}
+    prompts = draw_prompts(config.purpose, config.num_prompts)  # type: ignore[arg-type]
+    base = measure(np.load(out / "base.npz")["images"], prompts.texts)
+    after = measure(Sampler(str(run.folder))(prompts.texts, seeds_for(len(prompts.texts))), prompts.texts)
     np.savez_compressed(out / f"{job.name}.npz", images=after.images)
-    row: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "labels": job.labels, "seed": job.seed}
-    row |= {"steps": run.config.max_train_steps, "seconds": seconds, "cpu_seconds": cpu_seconds}
     row |= comparison(base, after, ruler(config))
-    better = after.score > base.score
-    row |= {"win_rate_unseen": float(better[texts.unseen].mean()), "num_unseen": int(texts.unseen.sum())}
+    unseen = prompts.unseen
+    wins, num_unseen = count_wins(base.score[unseen], after.score[unseen])
+    row |= {"win_rate_unseen": wins / num_unseen, "num_unseen": num_unseen}
     (out / f"{job.name}.json").write_text(json.dumps(row, indent=1))
     return row
 
@@ -189,6 +205,20 @@ def run_untrained(config: ResultsConfig, base: Measured) -> dict[str, Any]:
 
 def _win_rate(base: Measured, other: Measured) -> float:
     return float(((other.score > base.score) + 0.5 * (other.score == base.score)).mean())
+
+
+def clean_effects(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
+    """Half the difference between true and inverted labels, per recipe: what the labels did, without what training alone does."""
+    found = {}
+    for recipe in dict.fromkeys(row["recipe"] for row in rows):
+        means = {}
+        for labels in ("true", "inverted"):
+            same = [row for row in rows if (row["recipe"], row["labels"]) == (recipe, labels)]
+            if same:
+                means[labels] = {k: float(np.mean([row[k] for row in same])) for k in ("win_rate", "score_difference")}
+        if len(means) == 2:
+            found[recipe] = {k: (means["true"][k] - means["inverted"][k]) / 2 for k in means["true"]}
+    return found
 
 
 def controls(rows: Sequence[dict[str, Any]], untrained: dict[str, Any]) -> list[dict[str, Any]]:

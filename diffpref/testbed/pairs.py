@@ -20,14 +20,16 @@ from diffpref.testbed.sampling import Sampler, sample_parallel
 
 Regime = Literal["own", "mismatch", "noisy"]
 REGIMES: dict[str, str] = {
-    "own": "two samples of the base model itself, 70 % of the labels agree with the true reward",
-    "mismatch": "samples of a worse generator (4 steps, guidance 1.5) in another style (muted, soft), 70 % agreement",
+    "own": "samples of the base model itself, 90 % of the labels agree with the true reward",
+    "mismatch": "samples of a worse generator (4 steps, guidance 1.5) in another style (muted, soft), 90 % agreement",
     "noisy": "samples of the base model, 12 % ties, 60 % of the other labels agree with the true reward",
 }
-AGREEMENT = {"own": 0.70, "mismatch": 0.70, "noisy": 0.60}
+AGREEMENT = {"own": 0.90, "mismatch": 0.90, "noisy": 0.60}
 TIES = {"own": 0.0, "mismatch": 0.0, "noisy": 0.12}
 JPEG_QUALITY = 92
 NUM_USERS = 12
+CANDIDATES = 4
+"""Samples per prompt; the best and the worst of them, by the true reward, make the pair that is then labelled."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +64,22 @@ def judge(difference: np.ndarray, agreement: float, tie_share: float, seed: int)
     return Labels(p0, float(low))
 
 
-def sample_regime(regime: str, model: str, prompts: list[str], seed: int, num_processes: int) -> tuple[Images, Images]:
-    """Both pictures of each pair, uint8 (N, 64, 64, 3) twice."""
+def sample_regime(regime: str, model: str, prompts: list[str], seed: int, num_processes: int) -> list[Images]:
+    """The candidates of each prompt, uint8 (N, 64, 64, 3) each."""
     sampler = Sampler(model, steps=4, guidance=1.5) if regime == "mismatch" else Sampler(model)
     first = 1_000_000 * (seed + 1)
-    seeds = list(range(first, first + 2 * len(prompts)))
-    images = sample_parallel(sampler, [*prompts, *prompts], seeds, num_processes)
+    seeds = list(range(first, first + CANDIDATES * len(prompts)))
+    images = sample_parallel(sampler, prompts * CANDIDATES, seeds, num_processes)
     if regime == "mismatch":
         images = np.stack([restyle(image) for image in images])
-    return images[: len(prompts)], images[len(prompts) :]
+    return list(images.reshape(CANDIDATES, len(prompts), *images.shape[1:]))
+
+
+def widest(scores: np.ndarray, seed: int) -> np.ndarray:
+    """Which two of each prompt's candidates make the pair: best and worst of scores (C, N), in random order. (2, N)"""
+    picked = np.stack([scores.argmax(0), scores.argmin(0)])
+    swap = np.array([uniform(seed, "order_of_pair", i) < 0.5 for i in range(scores.shape[1])])
+    return np.where(swap, picked[::-1], picked)
 
 
 def restyle(image: np.ndarray) -> np.ndarray:
@@ -82,10 +91,11 @@ def restyle(image: np.ndarray) -> np.ndarray:
 def make_pairs(regime: str, model: str, num_pairs: int, seed: int, num_processes: int, out: Path) -> dict[str, float]:
     """Sample, label and write `out`/<regime>.parquet; returns what the set is like."""
     prompts = draw_prompts("pairs", num_pairs).texts
-    images_0, images_1 = sample_regime(regime, model, prompts, seed, num_processes)
-    images_0, encoded_0 = through_jpeg(images_0)
-    images_1, encoded_1 = through_jpeg(images_1)
-    difference = reward(images_0, prompts) - reward(images_1, prompts)
+    candidates = [through_jpeg(images) for images in sample_regime(regime, model, prompts, seed, num_processes)]
+    scores = np.stack([reward(images, prompts) for images, _ in candidates])
+    picked, rows = widest(scores, seed), range(num_pairs)
+    encoded_0, encoded_1 = ([candidates[picked[k, i]][1][i] for i in rows] for k in (0, 1))
+    difference = scores[picked[0], rows] - scores[picked[1], rows]
     labels = judge(difference, AGREEMENT[regime], TIES[regime], seed)
     out.mkdir(parents=True, exist_ok=True)
     model_name = "testbed-base" if regime != "mismatch" else "testbed-base-4-steps-restyled"

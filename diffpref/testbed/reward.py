@@ -1,13 +1,13 @@
 """The testbed's ground truth: a structural reward that no pixel filter can raise, and the tastes of simulated users.
 
-    reward = 3 place + 1 upright + 1 beside + 2 follow            range [0, 7]
+    reward = 3 place + 1 upright + 1 beside + 1 form              range [0, 6]
 
     place    1 - distance(object centre, PREFERRED_POINT) / 24 px, at least 0
     upright  1 - tilt / 30 degrees, at least 0; 1 for circle and ring, which have no posture
     beside   (1 + cos(direction of the companion from the object)) / 2: 1 right of it, 0 left of it or absent
-    follow   share of the four stated attributes (colour, background, shape, size) that the picture shows
+    form     share of the stated shape and size that the picture shows
 
-Saturation, brightness and shading are in no part of it; they appear in the users' tastes only.
+Colours are in no part of it: the stated ones are checked apart (checker.follows), the unstated appear in tastes only.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ PREFERRED_POINT = (22.0, 22.0)
 """Pixels from the left and the top; the base model's objects centre around (32, 32)."""
 REACH = 24.0
 """Distance in pixels at which the place part reaches 0."""
-WEIGHTS: Mapping[str, float] = {"place": 3.0, "upright": 1.0, "beside": 1.0, "follow": 2.0}
+WEIGHTS: Mapping[str, float] = {"place": 3.0, "upright": 1.0, "beside": 1.0, "form": 1.0}
 
 TASTES: Mapping[str, Mapping[str, float]] = {
     "left": {"left": 3.0, "follow": 2.0},
@@ -42,13 +42,15 @@ def qualities(reading: Reading, prompts: list[str]) -> dict[str, np.ndarray]:
     distance = np.hypot(reading.x - PREFERRED_POINT[0], reading.y - PREFERRED_POINT[1])
     lean = np.clip(np.nan_to_num(reading.tilt, nan=0.0) / 30.0, 0, 1)
     direction = np.radians(np.nan_to_num(reading.companion_angle))
+    followed = follows(reading, prompts)
     left = np.clip((44.0 - reading.x) / 24.0, 0, 1)
     vivid = reading.saturation * (0.5 + 0.5 * reading.value)
     return {
         "place": np.clip(1 - distance / REACH, 0, 1),
         "upright": 1 - lean,
         "beside": np.where(reading.companion, 0.5 + 0.5 * np.cos(direction), 0.0),
-        "follow": np.mean(list(follows(reading, prompts).values()), axis=0),
+        "form": np.mean([followed["shape"], followed["size"]], axis=0),
+        "follow": np.mean(list(followed.values()), axis=0),
         "left": left,
         "right": 1 - left,
         "leaning": lean,
@@ -66,7 +68,7 @@ def reward_parts(images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray
 
 
 def reward(images: np.ndarray, prompts: list[str]) -> np.ndarray:
-    """The primary reward, float64 (N,) in [0, 7]."""
+    """The primary reward, float64 (N,) in [0, 6]."""
     return total(reward_parts(images, prompts))
 
 

@@ -14,6 +14,7 @@ from diffusers import DiffusionPipeline
 
 from diffpref.evaluation.generate import Images, generate
 from diffpref.models.backbone import load_pipeline
+from diffpref.models.lora import LORA_FILE
 
 STEPS = 16
 GUIDANCE = 3.0
@@ -41,7 +42,7 @@ class Sampler:
 def _load(model: str, lora: str | None) -> DiffusionPipeline:
     pipeline = load_pipeline(model)
     if lora:
-        pipeline.load_lora_weights(lora)
+        pipeline.load_lora_weights(lora, weight_name=LORA_FILE, use_safetensors=True)
     return pipeline
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -196,3 +197,11 @@ def save_pipeline(networks: Networks, vae_folder: Path, out: Path) -> None:
         force_zeros_for_empty_prompt=True,
     )
     pipeline.save_pretrained(out)
+    _classic_keys(out / "text_encoder" / "model.safetensors")
+
+
+def _classic_keys(path: Path) -> None:
+    """Name the text encoder's weights as released checkpoints do: transformers 5 leaves the prefix out, 4 needs it."""
+    weights = load_file(path)
+    named = {name if name.startswith("text_model.") else f"text_model.{name}": x for name, x in weights.items()}
+    save_file(named, path, metadata={"format": "pt"})

@@ -31,7 +31,7 @@ def save_checkpoint(
     Raises OSError when the disk is full, after removing what was begun, and FloatingPointError for a non-finite tensor.
     """
     final, hidden = run_folder / f"checkpoint-{step}", run_folder / f".tmp-checkpoint-{step}-{os.getpid()}"
-    if final.exists():
+    if is_complete(final):
         return final
     for part, named in tensors.items():
         bad = [name for name, x in named.items() if not torch.isfinite(x).all()]
@@ -46,6 +46,7 @@ def save_checkpoint(
         (hidden / _MANIFEST).write_text(json.dumps(files, indent=1))
         for path in (*hidden.iterdir(), hidden):
             _flush(path)
+        shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
         hidden.rename(final)
         _flush(run_folder)
     except BaseException:
@@ -92,9 +93,10 @@ def find_checkpoint(run_folder: Path, wanted: str) -> tuple[Path | None, list[st
         shutil.rmtree(aside, ignore_errors=True)
         folder.rename(aside)
         warnings.append(f"{folder.name} is damaged or incomplete and was renamed to {aside.name}")
-    if warnings:
+    damaged = sorted(p.name for p in run_folder.glob("bad-checkpoint-*"))
+    if damaged:
         raise ValueError(
-            f"resume_from_checkpoint latest: no complete checkpoint in {run_folder} ({'; '.join(warnings)}); "
+            f"resume_from_checkpoint latest: no complete checkpoint in {run_folder}, only {', '.join(damaged)}; "
             "start again in another output_dir"
         )
     return None, warnings

@@ -1,6 +1,6 @@
 """The settings of a training run: one flat set of names for flags, YAML keys, the stored config and the docs.
 
-Later wins: dataclass defaults, then the preset, then the YAML file, then flags.
+Later wins: dataclass defaults, then the YAML file, then flags.
 """
 
 from __future__ import annotations
@@ -70,9 +70,7 @@ class TrainConfig:
     """Forward passes per optimizer step."""
     learning_rate: float = 1e-5
     """Rate of the optimizer, as it is used: nothing is multiplied in."""
-    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
-        "constant_with_warmup"
-    )
+    lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = "constant_with_warmup"
     """Schedule, counted in optimizer steps."""
     lr_warmup_steps: int = 100
     """Optimizer steps of linear warm-up."""
@@ -88,8 +86,8 @@ class TrainConfig:
     """Gradients are scaled down to this norm."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about 25 % more time."""
-    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast dtype of the UNet's forward passes; weights and losses stay in float32."""
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = None
+    """Autocast dtype of the UNet's forward passes; the launcher's when not given. Weights and losses stay in float32."""
 
     output_dir: str | None = None
     """Run folder; outputs/<method>-<time> when not given."""
@@ -116,6 +114,17 @@ class TrainConfig:
         _check_ranges(self)
         if self.cache_latents and self.random_crop:
             raise ValueError("cache_latents is true together with random_crop: a cached latent has one crop; switch one of them off")
+        if self.cache_latents and self.dataloader_num_workers:
+            raise ValueError(
+                f"dataloader_num_workers is {self.dataloader_num_workers}, but cache_latents decodes nothing while training; drop one"
+            )
+        if self.validation_steps and not (self.validation_prompts or self.held_out_pairs):
+            raise ValueError(
+                f"validation_steps is {self.validation_steps}, but there is nothing to validate with: "
+                "add held_out_pairs or validation_prompts"
+            )
+        if self.max_grad_norm == 0:
+            raise ValueError("max_grad_norm is 0, which would remove every gradient; use a positive norm, for example 1.0")
         if self.train_data_dir and self.dataset_name:
             raise ValueError(
                 f"train_data_dir {self.train_data_dir!r} and dataset_name {self.dataset_name!r} are both given; keep the one to train on"

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffpref.core.policy import evaluate
 from diffpref.core.types import LossOutput, PreferenceBatch
 from diffpref.training.run import Run
-from diffpref.training.stopping import MAX_SKIPPED, NotFinite, Stopped, StopSignals
+from diffpref.training.stopping import MAX_OVERFLOWS, MAX_SKIPPED, NotFinite, Stopped, StopSignals
 
 UNTOUCHED_LIMIT = {"no": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 """Largest relative difference of the errors of an untouched policy and its reference, by mixed_precision; 0 on a CPU."""
@@ -69,7 +69,7 @@ def update(run: Run, loss: float) -> float:
     """Clip and step; returns the gradient norm before clipping. A non-finite loss or gradient never reaches the weights."""
     norm = run.accelerator.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
     norm = float(norm) if isinstance(norm, Tensor) else 0.0
-    if math.isfinite(loss) and (math.isfinite(norm) or run.accelerator.scaler is not None):  # the scaler skips overflows itself
+    if run.accelerator.scaler is not None or (math.isfinite(loss) and math.isfinite(norm)):  # fp16: the scaler skips and adapts
         run.optimizer.step()
     run.optimizer.zero_grad()
     return norm
@@ -77,13 +77,14 @@ def update(run: Run, loss: float) -> float:
 
 def count_skipped(run: Run, step: int, values: dict[str, float], pair_ids: list[str], skipped: int) -> int:
     """Report a non-finite update; raises NotFinite at the third in a row."""
-    overflow = run.accelerator.scaler is not None and math.isfinite(values["loss"])
-    if (math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"])) or overflow:
+    if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
         return 0
+    searching = run.accelerator.scaler is not None and math.isfinite(values["loss"])  # the loss scale halves until it fits
+    limit = MAX_OVERFLOWS if searching else MAX_SKIPPED
     run.say(f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: update skipped, pairs {', '.join(pair_ids)}")
-    if skipped + 1 >= MAX_SKIPPED:
+    if skipped + 1 >= limit:
         raise NotFinite(
-            f"{MAX_SKIPPED} updates in a row were not finite, the last at step {step + 1}; the newest checkpoint is from before. "
+            f"{limit} updates in a row were not finite, the last at step {step + 1}; the newest checkpoint is from before. "
             f"Lower learning_rate ({run.config.learning_rate}) or beta, or use mixed_precision bf16 instead of fp16"
         )
     return skipped + 1
@@ -91,16 +92,16 @@ def count_skipped(run: Run, step: int, values: dict[str, float], pair_ids: list[
 
 def check_untouched(run: Run, out: LossOutput) -> None:
     """At step 0 the policy is the reference: equal errors, margin 0, and a loss of log 2 for a pair."""
-    errors = [out.metrics.get(f"error/{who}_chosen") for who in ("policy", "reference")]
-    if run.first_step or errors[1] is None:
+    if run.first_step or "error/reference_chosen" not in out.metrics:
         run.say("check that the untouched policy equals the reference: skipped, " + ("resumed run" if run.first_step else "no reference"))
         return
-    policy, reference = (float(e) for e in errors if e is not None)
-    if not abs(policy - reference) <= UNTOUCHED_LIMIT[run.config.mixed_precision] * reference:
-        raise ValueError(
-            f"before the first step the policy's error is {policy:.6g} and the reference's {reference:.6g}: they compute differently. "
-            "Use the same precision for both, and no adapter initialisation that changes the base weights"
-        )
+    for image in ("chosen", "rejected"):
+        policy, reference = (float(out.metrics[f"error/{who}_{image}"]) for who in ("policy", "reference"))
+        if not abs(policy - reference) <= UNTOUCHED_LIMIT[run.accelerator.mixed_precision] * reference:
+            raise ValueError(
+                f"before the first step the policy's error is {policy:.6g} and the reference's {reference:.6g}: they compute differently. "
+                "Use the same precision for both, and no adapter initialisation that changes the base weights"
+            )
 
 
 @torch.no_grad()
@@ -111,9 +112,7 @@ def finish_step(run: Run, step: int, code: int) -> None:
     is_final = step == config.max_train_steps
     if config.validation_steps and (step % config.validation_steps == 0 or is_final):
         run.validate(step)
-    if step % config.checkpointing_steps == 0 or is_final or code:
-        run.save(step)
+    saved = run.save(step) if step % config.checkpointing_steps == 0 or is_final or code else True
     if code and not is_final:
-        raise Stopped(
-            code, f"stopped by a signal after step {step}; continue with --resume_from_checkpoint latest --output_dir {run.folder}"
-        )
+        what = f"stopped by a signal after step {step}" + ("" if saved else ", which could not be saved")
+        raise Stopped(code, f"{what}; continue with --resume_from_checkpoint latest --output_dir {run.folder}")

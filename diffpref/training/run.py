@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType
 from diffusers import UNet2DConditionModel
 from diffusers.optimization import get_scheduler
 from torch import Tensor, nn
@@ -33,7 +33,6 @@ from diffpref.training.config import TrainConfig
 from diffpref.training.pairs import load_run_pairs
 from diffpref.training.run_folder import claim, open_folder
 from diffpref.training.run_log import RunLog
-from diffpref.training.settings import to_flat
 from diffpref.training.validation import HeldOut, Validation
 
 
@@ -75,8 +74,9 @@ class Run:
             return code
         return int(self.accelerator.gather(torch.tensor([code], device=self.accelerator.device)).max())
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint from the main process; a full disk is reported and training goes on."""
+    def save(self, step: int) -> bool:
+        """Write a checkpoint from the main process; a full disk is reported and training goes on. False if it was not written."""
+        saved = True
         if self.accelerator.is_main_process:
             tensors = {"weights": self.trainable, "optimizer": checkpoint.optimizer_tensors(self.trainable, unwrapped(self.optimizer))}
             state = {
@@ -88,14 +88,18 @@ class Run:
                 state["scaler"] = self.accelerator.scaler.state_dict()
             try:
                 checkpoint.save_checkpoint(self.folder, step, tensors, state, self.config.checkpoints_total_limit)
-            except OSError as error:
-                self.say(f"checkpoint of step {step} not written ({error.strerror or error}); older ones are kept, training goes on")
+            except (OSError, FloatingPointError) as error:
+                saved = False
+                self.say(f"checkpoint of step {step} not written ({error}); older ones are kept, training goes on")
         self.accelerator.wait_for_everyone()
+        return saved
 
     def validate(self, step: int) -> None:
         """Held-out accuracy and pictures."""
         if self.validation and self.accelerator.is_main_process:
-            self.log.record(step, self.validation(step))
+            with self.accelerator.autocast():  # the frozen copy is not wrapped, and must compute as the policy does
+                found = self.validation(step)
+            self.log.record(step, found)
         self.accelerator.wait_for_everyone()
 
 
@@ -107,7 +111,9 @@ def prepare_run(config: TrainConfig, method: Method) -> Run:
     backbone, reference_unet = load_models(config, method, accelerator.device)
     resolution, denoiser = check_resolution(config, backbone), backbone.denoiser
     trainable = trainable_state(denoiser)
-    validation = Validation.start(config, folder, backbone.pipeline, held_out) if config.validation_steps else None
+    validation = None
+    if config.validation_steps and accelerator.is_main_process:
+        validation = Validation.start(config, folder, backbone.pipeline, held_out)
     optimizer = new_optimizer(config, trainable)
     scheduler = get_scheduler(
         config.lr_scheduler, optimizer, num_warmup_steps=config.lr_warmup_steps, num_training_steps=config.max_train_steps
@@ -123,8 +129,6 @@ def prepare_run(config: TrainConfig, method: Method) -> Run:
     pixels = PairPixels(pairs, resolution, config.seed, 0.0 if config.no_hflip else 0.5, config.random_crop)
     source = new_source(config, pixels, sampler, encoder, accelerator, first_step)
     open_folder(folder, config, method, pairs, accelerator, backbone)
-    if config.report_to != "none":
-        accelerator.init_trackers("diffpref", {n: v for n, v in to_flat(config, method).items() if isinstance(v, bool | int | float | str)})
     log = RunLog(accelerator, folder, config.max_train_steps, pairs_per_update(config, accelerator), first_step)
     if validation and held_out is not None and reference is not None:
         validation.accuracy = held_out_accuracy(config, held_out, backbone, reference, encoder)
@@ -166,14 +170,20 @@ def load_models(config: TrainConfig, method: Method, device: torch.device) -> tu
 
 def new_accelerator(config: TrainConfig) -> Accelerator:
     """Raises ValueError for settings that this machine cannot run, and for ranks that do not know of each other."""
-    on_cpu = not (torch.cuda.is_available() or torch.backends.mps.is_available())
-    if config.mixed_precision == "fp16" and on_cpu:
+    on_cpu = not torch.cuda.is_available()  # also on a Mac, whose GPU has no float64 for the noise tables
+    if (config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16" and on_cpu:
         raise ValueError("mixed_precision is fp16, which needs a GPU; on a CPU use no or bf16")
     trackers = None if config.report_to == "none" else config.report_to
     try:
         accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu, log_with=trackers, project_dir=config.output_dir)
     except ValueError as error:
         raise ValueError(f"report_to {config.report_to!r}: {error}; install it with pip install diffpref[trackers], or use none") from error
+    if trackers and not accelerator.log_with:
+        raise ValueError(f"report_to {config.report_to!r} is not installed; install it with pip install diffpref[trackers], or use none")
+    if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
+        raise ValueError(
+            f"the launcher asks for {accelerator.distributed_type.value}, which is not supported; use one process or plain data parallel"
+        )
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world != accelerator.num_processes:
         raise ValueError(
@@ -287,7 +297,7 @@ def new_source(
         )
 
     if config.cache_latents:
-        return LatentCache.build(pixels, encoder).batches(items, encoder)
+        return LatentCache.build(pixels, encoder, config.train_batch_size).batches(items, encoder)
     return from_disk(pixels, items, encoder, config.dataloader_num_workers)
 
 
@@ -295,4 +305,4 @@ def held_out_accuracy(config: TrainConfig, held_out: PairDataset, backbone: Back
     """Implicit accuracy on the held-out pairs, with their full prompts and without mirroring."""
     pixels = PairPixels(held_out, check_resolution(config, backbone), config.seed)
     plain = dataclasses.replace(encoder, proportion_empty_prompts=0.0, prompt_cache={})
-    return HeldOut.build(backbone, reference, pixels, plain)
+    return HeldOut.build(backbone, reference, pixels, plain, config.train_batch_size)

@@ -19,7 +19,7 @@ from accelerate import Accelerator
 from diffpref.data.pairs import PairDataset, write_rejected
 from diffpref.methods import Method
 from diffpref.models.backbone import Backbone
-from diffpref.training.checkpoint import checkpoints, find_checkpoint
+from diffpref.training.checkpoint import find_checkpoint
 from diffpref.training.config import TrainConfig
 from diffpref.training.settings import Settings, to_flat
 
@@ -65,8 +65,8 @@ def claim(config: TrainConfig, method: Method, accelerator: Accelerator) -> tupl
             raise ValueError(
                 f"output_dir {str(folder)!r} already holds this run; add --resume_from_checkpoint latest or choose another output_dir"
             )
-    elif folder.exists() and any(folder.iterdir()) and (checkpoints(folder) or (folder / "model_index.json").exists()):
-        raise ValueError(f"output_dir {str(folder)!r} holds a model that is not a run of diffpref; choose another output_dir")
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output_dir {str(folder)!r} is not empty and no run of diffpref; choose another output_dir")
     resume = None
     if config.resume_from_checkpoint:
         with accelerator.main_process_first():  # it renames damaged checkpoints; the others then look at what is left
@@ -95,8 +95,14 @@ def open_folder(
     """
     if not accelerator.is_main_process:
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {str(folder)!r} cannot be created ({error.strerror}); choose another output_dir") from error
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_flat(config, method), sort_keys=False))
+    if config.report_to != "none":
+        settings = to_flat(config, method)
+        accelerator.init_trackers("diffpref", {name: v for name, v in settings.items() if isinstance(v, bool | int | float | str)})
     if pairs.rejected:
         write_rejected(pairs, folder / "rejected_rows.jsonl")
         print(f"rejected rows are listed in {folder / 'rejected_rows.jsonl'}", file=sys.stderr)

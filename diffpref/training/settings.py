@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import inspect
 import itertools
+import re
 import textwrap
 import types
 import typing
@@ -25,7 +26,7 @@ ALIASES: Mapping[str, str] = {"beta_dpo": "beta", "dataset_split_name": "split",
 
 
 def parse_flags(argv: Sequence[str], known: Iterable[str]) -> Settings:
-    """`--name value`, `--name=value` and bare `--name` (true) to a flat mapping; values are read as YAML scalars.
+    """`--name value`, `--name=value` and bare `--name` (true) to a flat mapping; values stay text until `convert`.
 
     Several values after one flag make a list. Raises ValueError for anything that is not a flag or not a known name.
     """
@@ -44,19 +45,8 @@ def parse_flags(argv: Sequence[str], known: Iterable[str]) -> Settings:
     return {name: _scalar(values) for name, values in settings.items()}
 
 
-def _scalar(words: list[str]) -> Any:
-    if not words:
-        return True
-    values = [w if w.strip() == "" else yaml.safe_load(w) if _is_plain(w) else w for w in words]
-    return values[0] if len(values) == 1 else values
-
-
-def _is_plain(word: str) -> bool:
-    """Numbers, booleans and null are read; everything else, such as a prompt with a colon, stays text."""
-    try:
-        return isinstance(yaml.safe_load(word), bool | int | float | None)
-    except yaml.YAMLError:
-        return False
+def _scalar(words: list[str]) -> str | bool | list[str]:
+    return (words[0] if len(words) == 1 else words) if words else True
 
 
 def read_yaml(path: str | Path, known: Iterable[str]) -> Settings:
@@ -94,7 +84,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     """`value` as the annotated type, or ValueError. 1e-5 written as text is a number; true is not."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
-        if value is None:
+        if value is None or value in ("none", "None", "null"):
             return None
         return convert(name, value, next(a for a in args if a is not type(None)))
     if origin is typing.Literal:
@@ -112,6 +102,10 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             return float(value)
         except ValueError:
             pass
+    if isinstance(value, str) and hint is bool and value.lower() in _TRUTH:
+        return _TRUTH[value.lower()]
+    if isinstance(value, str) and hint is int and re.fullmatch(r"[+-]?\d+", value):
+        return int(value)
     if type(value) is hint:
         return value
     raise ValueError(f"{name} is {value!r}; it must be {_kind(hint)}")
@@ -119,6 +113,9 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 
 def _kind(hint: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, str(hint))
+
+
+_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 
 
 def names_of(*classes: Any) -> list[str]:

@@ -8,6 +8,8 @@ from types import FrameType, TracebackType
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
 MAX_SKIPPED = 3
 """Non-finite updates in a row before the run ends."""
+MAX_OVERFLOWS = 25
+"""The same for fp16 gradients with a finite loss: the loss scale starts at 65536 and halves at each overflow."""
 
 
 class Stopped(Exception):

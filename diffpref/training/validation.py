@@ -19,7 +19,6 @@ from diffpref.scorers.implicit import ImplicitReward, pair_accuracy
 from diffpref.sources.dataset import Encoder, from_disk
 from diffpref.training.config import TrainConfig
 
-BATCH = 16
 PICTURE_STEPS = 20
 PICTURE_GUIDANCE = 5.0
 
@@ -74,10 +73,10 @@ class HeldOut:
     batches: list[PreferenceBatch]
 
     @classmethod
-    def build(cls, backbone: Backbone, reference: Predict, pixels: PairPixels, encoder: Encoder) -> HeldOut:
+    def build(cls, backbone: Backbone, reference: Predict, pixels: PairPixels, encoder: Encoder, batch_size: int) -> HeldOut:
         """Encode the held-out pairs once; ties have no right answer and are left out."""
         wanted = [i for i, p in enumerate(pixels.pairs.p0) if p != 0.5]
-        chunks = [[(i, 0) for i in wanted[start : start + BATCH]] for start in range(0, len(wanted), BATCH)]
+        chunks = [[(i, 0) for i in wanted[start : start + batch_size]] for start in range(0, len(wanted), batch_size)]
         policy = backbone.predictor(backbone.denoiser)
         return cls(ImplicitReward(policy, reference, backbone.process), list(from_disk(pixels, lambda: chunks, encoder)))
 

@@ -7,7 +7,7 @@ import torch
 
 from diffpref.core.process import DdpmProcess
 from diffpref.core.types import Conditioning, PathStep, PreferenceBatch
-from diffpref.paths import PATHS, ForwardNoising
+from diffpref.paths.forward import ForwardNoising
 
 PROCESS = DdpmProcess.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2)
 V_PROCESS = DdpmProcess(PROCESS.alphas_cumprod, "v_prediction")
@@ -23,9 +23,6 @@ def step(order: list[int], process: DdpmProcess = PROCESS, visits: tuple[int, ..
     (only,) = ForwardNoising()(batch, process, batch.random(seed))
     return only
 
-
-def test_the_registry_holds_exactly_these() -> None:
-    assert set(PATHS) == {"forward"}
 
 
 def test_noise_and_timestep_are_shared_in_a_pair() -> None:

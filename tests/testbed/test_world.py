@@ -84,9 +84,9 @@ def test_reward_parts_mean_what_they_say() -> None:
     assert right["beside"][0] > 0.97
     assert left["beside"][0] < 0.03
     assert upright["beside"][0] == 0
-    wrong = reward_parts(pictures(one(colour=2)), caption)
-    assert upright["follow"][0] == 1
-    assert wrong["follow"][0] == 0.75
+    wrong = reward_parts(pictures(one(shape=0)), caption)
+    assert upright["form"][0] == 1
+    assert wrong["form"][0] == 0.5
 
 
 def test_reward_is_the_weighted_sum_of_its_parts(scenes: Scenes, drawn: np.ndarray) -> None:
