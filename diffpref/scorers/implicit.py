@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -53,16 +54,16 @@ class ImplicitReward:
 
 
 def implicit_scorer(
-    reward: ImplicitReward, encode_images: Callable[[Tensor], Tensor], encode_prompts: Callable[[Sequence[str]], Conditioning]
-) -> Callable[[Tensor, Sequence[str]], Tensor]:
-    """A scorer (pixels (N, 3, H, W) in [-1, 1], N prompts) -> float32 (N,).
+    reward: ImplicitReward, encode_images: Callable[[Any], Tensor], encode_prompts: Callable[[Sequence[str]], Conditioning]
+) -> Callable[[Any, Sequence[str]], Tensor]:
+    """A scorer (N pictures, N prompts) -> float32 (N,).
 
-    encode_images: pixels to scaled latents (N, C, h, w). encode_prompts: N prompts to conditioning (N, 1, ...), time_ids
-    included where the model needs them. An image's score depends on its prompt and pixels only, not on its neighbours.
+    encode_images: pictures, in whatever form the caller has them, to scaled latents (N, C, h, w).
+    encode_prompts: N prompts to conditioning (N, 1, ...), time_ids included where the model needs them. An image's score depends on its prompt and pixels only, not on its neighbours.
     """
 
-    def score(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
-        latents = encode_images(pixels)[:, None]
+    def score(images: Any, prompts: Sequence[str]) -> Tensor:
+        latents = encode_images(images)[:, None]
         relevance = torch.ones(latents.shape[:2], device=latents.device)
         batch = PreferenceBatch(latents, encode_prompts(prompts), relevance, tuple(prompts), (0,) * len(prompts))
         return reward.gains(batch).mean(-1)[:, 0]

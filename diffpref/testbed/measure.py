@@ -11,8 +11,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance, ImageFilter
 
+from diffpref.evaluation.compare import compare_scores
 from diffpref.evaluation.generate import Images
-from diffpref.evaluation.stats import best_of_n_equivalent, count_wins, paired_bootstrap, spread_ratio, wilson_interval
+from diffpref.evaluation.stats import spread_ratio
 from diffpref.testbed.checker import Reading, follows, parse, read
 from diffpref.testbed.reward import reward_parts, total, unrewarded
 
@@ -61,29 +62,14 @@ def diversity(base: Measured, aligned: Measured) -> dict[str, float]:
 
 def comparison(base: Measured, aligned: Measured, ruler: np.ndarray | None) -> dict[str, object]:
     """Every number of a comparison, as plain values; ruler: base scores (N, M) of the same prompts, for best-of-N."""
-    wins, n = count_wins(base.score, aligned.score)
-    low, high = wilson_interval(wins, n)
-    difference = paired_bootstrap(aligned.score - base.score)
-    found: dict[str, object] = {
-        "win_rate": wins / n,
-        "win_rate_low": low,
-        "win_rate_high": high,
-        "num_prompts": n,
-        "score_base": float(base.score.mean()),
-        "score_aligned": float(aligned.score.mean()),
-        "score_difference": difference[0],
-        "score_difference_low": difference[1],
-        "score_difference_high": difference[2],
+    return {
+        **compare_scores(base.score, aligned.score, ruler),
         "prompt_following_base": shares(base),
         "prompt_following_aligned": shares(aligned),
         "score_parts_base": {k: float(v.mean()) for k, v in base.parts.items()},
         "score_parts_aligned": {k: float(v.mean()) for k, v in aligned.parts.items()},
         "diversity": diversity(base, aligned),
     }
-    if ruler is not None:
-        best = best_of_n_equivalent(ruler, float(aligned.score.mean()))
-        found |= {"best_of_n_equivalent": best.n, "best_of_n_reached": best.reached, "best_of_n_samples": int(ruler.shape[1])}
-    return found
 
 
 FILTERS: Mapping[str, tuple[tuple[str, float], ...]] = {

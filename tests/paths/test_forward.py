@@ -24,7 +24,6 @@ def step(order: list[int], process: DdpmProcess = PROCESS, visits: tuple[int, ..
     return only
 
 
-
 def test_noise_and_timestep_are_shared_in_a_pair() -> None:
     made = step([0, 1, 2])
     assert torch.equal(made.timesteps[:, 0], made.timesteps[:, 1])

@@ -1,0 +1,48 @@
+"""A base and an aligned model as a scorer."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from diffpref.inference.score import load_implicit_scorer
+from diffpref.locations import asset
+from diffpref.testbed.world import render, sample_scenes
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The base model with slightly other weights."""
+    folder = tmp_path_factory.mktemp("changed") / "model"
+    shutil.copytree(asset("testbed", "pipeline"), folder)
+    path = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = {name: x * 1.01 if "conv_out.weight" in name else x for name, x in load_file(path).items()}
+    save_file(weights, path, metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_scores_belong_to_picture_and_prompt(changed: str) -> None:
+    scenes = sample_scenes(np.random.default_rng(0), 4)
+    images, prompts = (render(scenes) * 255).astype(np.uint8), scenes.captions()
+    score = load_implicit_scorer(str(asset("testbed", "pipeline")), aligned=changed, num_draws=3)
+    together = score(images, prompts)
+    assert together.shape == (4,)
+    assert together.dtype == torch.float32
+    assert together.abs().min() > 0
+    torch.testing.assert_close(score(images[[2]], [prompts[2]])[0], together[2], atol=1e-6, rtol=1e-3)
+
+
+def test_the_base_against_itself_is_zero() -> None:
+    base = str(asset("testbed", "pipeline"))
+    images = np.full((1, 64, 64, 3), 128, np.uint8)
+    assert load_implicit_scorer(base, aligned=base, num_draws=2)(images, ["a small red circle on gray"]).item() == 0
+
+
+def test_exactly_one_aligned_model(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="give one of them"):
+        load_implicit_scorer("base", aligned="a", lora=str(tmp_path))
