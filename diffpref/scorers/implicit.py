@@ -59,7 +59,8 @@ def implicit_scorer(
     """A scorer (N pictures, N prompts) -> float32 (N,).
 
     encode_images: pictures, in whatever form the caller has them, to scaled latents (N, C, h, w).
-    encode_prompts: N prompts to conditioning (N, 1, ...), time_ids included where the model needs them. An image's score depends on its prompt and pixels only, not on its neighbours.
+    encode_prompts: N prompts to conditioning (N, 1, ...), time_ids included where the model
+    needs them. An image's score depends on its prompt and pixels only, not on its neighbours.
     """
 
     def score(images: Any, prompts: Sequence[str]) -> Tensor:

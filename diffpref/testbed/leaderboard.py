@@ -41,7 +41,7 @@ class ResultsConfig:
 
     out: str = "outputs/testbed/results"
     """Folder of the runs and of results.json."""
-    recipes: tuple[str, ...] = ("diffusion_dpo", "diffusion_dpo_full", "sft")
+    recipes: tuple[str, ...] = ("diffusion_dpo", "diffusion_dpo_full", "sft", "sft_full")
     """Files of configs/testbed to run, without .yaml."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Training seeds with true labels."""
@@ -76,18 +76,15 @@ def run_results(config: ResultsConfig) -> None:
     """Run every job that has no result yet, then write results.json and print the table."""
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    base = measure_base(config)
-    np.savez_compressed(out / "base.npz", images=base.images)
-    jobs = [Job(r, "true", s, config) for r in config.recipes for s in (config.seeds if r != "sft" else config.control_seeds)]
-    jobs += [
-        Job(r, labels, s, config) for r in config.recipes if r != "sft" for labels in ("inverted", "shuffled") for s in config.control_seeds
-    ]
-    waiting = [job for job in jobs if stored_row(job) is None]
+    jobs = [Job(r, "true", s, config) for r in config.recipes for s in (config.seeds if not r.startswith("sft") else config.control_seeds)]
+    for labels in ("inverted", "shuffled"):
+        jobs += [Job(r, labels, s, config) for r in config.recipes if not r.startswith("sft") for s in config.control_seeds]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(config.processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for row in pool.map(run_job, waiting):
-            print(f"{row['name']}: win rate {row['win_rate']:.3f}, best of {row.get('best_of_n_equivalent', float('nan')):.1f}", flush=True)
-    rows = [json.loads((out / f"{job.name}.json").read_text()) for job in jobs]
+        for name in pool.map(run_job, [job for job in jobs if not is_done(job)]):
+            print(f"{name}: done", flush=True)
+    base = measure_base(config)
+    rows = [row_of(job, base) for job in jobs]
     untrained = run_untrained(config, base)
     result = {
         "date": time.strftime("%Y-%m-%d"),
@@ -135,17 +132,14 @@ def key_of(job: Job) -> dict[str, Any]:
     return {"settings": settings, "model": model, "purpose": job.config.purpose, "num_prompts": job.config.num_prompts}
 
 
-def stored_row(job: Job) -> dict[str, Any] | None:
-    """The row of an earlier call, if it was measured under the same key."""
+def is_done(job: Job) -> bool:
+    """Whether an earlier call trained this job and drew its pictures under the same key."""
     path = Path(job.config.out) / f"{job.name}.json"
-    if not path.exists():
-        return None
-    row = json.loads(path.read_text())
-    return row if row["key"] == json.loads(json.dumps(key_of(job))) else None
+    return path.exists() and json.loads(path.read_text())["key"] == json.loads(json.dumps(key_of(job)))
 
 
-def run_job(job: Job) -> dict[str, Any]:
-    """Train, export, generate, compare; the row is also written to <name>.json."""
+def run_job(job: Job) -> str:
+    """Train, export and draw the test prompts; pictures go to <name>.npz, what was done to <name>.json."""
     config, recipe, out = job.config, recipe_of(job), Path(job.config.out)
     method = METHODS[recipe["method"]]
     mine = names_of(method)
@@ -153,18 +147,22 @@ def run_job(job: Job) -> dict[str, Any]:
     shutil.rmtree(out / job.name, ignore_errors=True)
     cpu = time.process_time()
     run = align(settings, build(method, {k: v for k, v in recipe.items() if k in mine}))
-    row: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "labels": job.labels, "seed": job.seed, "key": key_of(job)}
-    row |= {"seconds_training": run.timings["training"], "cpu_seconds": time.process_time() - cpu}
-    prompts = draw_prompts(config.purpose, config.num_prompts)  # type: ignore[arg-type]
-    base = measure(np.load(out / "base.npz")["images"], prompts.texts)
-    after = measure(Sampler(str(run.folder))(prompts.texts, seeds_for(len(prompts.texts))), prompts.texts)
-    np.savez_compressed(out / f"{job.name}.npz", images=after.images)
-    row |= comparison(base, after, ruler(config))
-    unseen = prompts.unseen
+    done = {"seconds_training": run.timings["training"], "cpu_seconds": time.process_time() - cpu, "key": key_of(job)}
+    texts = draw_prompts(config.purpose, config.num_prompts).texts  # type: ignore[arg-type]
+    np.savez_compressed(out / f"{job.name}.npz", images=Sampler(str(run.folder))(texts, seeds_for(len(texts))))
+    (out / f"{job.name}.json").write_text(json.dumps(done, indent=1))
+    return job.name
+
+
+def row_of(job: Job, base: Measured) -> dict[str, Any]:
+    """Measure the pictures of a finished job against the base's."""
+    config, out = job.config, Path(job.config.out)
+    after = measure(np.load(out / f"{job.name}.npz")["images"], base.prompts)
+    row: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "labels": job.labels, "seed": job.seed}
+    row |= json.loads((out / f"{job.name}.json").read_text()) | comparison(base, after, ruler(config))
+    unseen = draw_prompts(config.purpose, config.num_prompts).unseen  # type: ignore[arg-type]
     wins, num_unseen = count_wins(base.score[unseen], after.score[unseen])
-    row |= {"win_rate_unseen": wins / num_unseen, "num_unseen": num_unseen}
-    (out / f"{job.name}.json").write_text(json.dumps(row, indent=1))
-    return row
+    return row | {"win_rate_unseen": wins / num_unseen, "num_unseen": num_unseen}
 
 
 def ruler(config: ResultsConfig) -> np.ndarray | None:
@@ -236,15 +234,20 @@ def controls(rows: Sequence[dict[str, Any]], untrained: dict[str, Any]) -> list[
         "true": "supervised training on the chosen pictures only",
     }
     for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        for labels in ("shuffled", "inverted") if recipe != "sft" else ("true",):
+        for labels in ("shuffled", "inverted") if not recipe.startswith("sft") else ("true",):
             same = [row for row in rows if row["recipe"] == recipe and row["labels"] == labels]
             if same:
-                name = "SFT on the chosen pictures" if recipe == "sft" else f"{LEADERBOARD_NAMES.get(recipe, recipe)}, {labels} labels"
+                name = LEADERBOARD_NAMES.get(recipe, recipe) + ("" if recipe.startswith("sft") else f", {labels} labels")
                 found.append(_control(name, same, notes[labels]))
     return found
 
 
-LEADERBOARD_NAMES = {"diffusion_dpo": "Diffusion-DPO LoRA", "diffusion_dpo_full": "Diffusion-DPO full", "sft": "SFT LoRA"}
+LEADERBOARD_NAMES = {
+    "diffusion_dpo": "Diffusion-DPO LoRA",
+    "diffusion_dpo_full": "Diffusion-DPO full",
+    "sft": "SFT LoRA",
+    "sft_full": "SFT full",
+}
 
 
 def _control(name: str, rows: Sequence[dict[str, Any]], note: str) -> dict[str, Any]:
