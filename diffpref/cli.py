@@ -100,9 +100,9 @@ def _check_used(settings: dict[str, Any], common: list[str], owned: list[str]) -
     for name, value in settings.items():
         if name not in (*common, *owned, "num_eval_prompts"):
             known = ", ".join(owned) or "none of its own"
-            raise ValueError(f"{name} is {value!r}, but it is no setting of method {settings.get('method')}; it has {known}")
+            raise ValueError(f"{name} is {value}, but it is no setting of method {settings.get('method')}; it has {known}")
         if settings.get("tune") == "full" and name in LORA_SETTINGS:
-            raise ValueError(f"{name} is {value!r}, but tune is full, which has no adapter; leave it out or use tune lora")
+            raise ValueError(f"{name} is {value}, but tune is full, which has no adapter; leave it out or use tune lora")
 
 
 def _testbed_settings(settings: dict[str, Any], known: list[str]) -> dict[str, Any]:
