@@ -100,7 +100,8 @@ def check_untouched(run: Run, out: LossOutput) -> None:
         if not abs(policy - reference) <= UNTOUCHED_LIMIT[run.accelerator.mixed_precision] * reference:
             raise ValueError(
                 f"before the first step the policy's error is {policy:.6g} and the reference's {reference:.6g}: "
-                "policy and reference compute differently. Use the same precision for both, and no adapter initialisation that changes the base weights"
+                "policy and reference compute differently. Use the same precision for both, "
+                "and no adapter initialisation that changes the base weights"
             )
 
 
