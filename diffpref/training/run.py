@@ -90,9 +90,8 @@ class Run:
                 checkpoint.save_checkpoint(self.folder, step, tensors, state, self.config.checkpoints_total_limit)
             except (OSError, FloatingPointError) as error:
                 saved = False
-                self.say(
-                    f"checkpoint of step {step} not written ({getattr(error, 'strerror', None) or error}); older ones are kept, training goes on"
-                )
+                reason = getattr(error, "strerror", None) or error
+                self.say(f"checkpoint of step {step} not written ({reason}); older ones are kept, training goes on")
         self.accelerator.wait_for_everyone()
         return saved
 
