@@ -57,6 +57,7 @@ def _fail(message: str) -> int:
 def train(argv: list[str]) -> int:
     """Train, export, and on the testbed also compare with the base and write the report."""
     _die_with_launcher()
+    _use_all_cores()
     from diffpref.methods import METHODS
     from diffpref.training.config import TrainConfig
     from diffpref.training.settings import ALIASES, build, convert, help_text, names_of, parse_flags, read_yaml
@@ -202,6 +203,16 @@ def _die_with_launcher() -> None:
     if sys.platform == "linux" and ("ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _use_all_cores() -> None:
+    """accelerate launch sets one thread for a single process on a CPU; give it the cores, unless another number was asked for."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
+    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
+        import torch
+
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(cores or 1)
 
 
 def script(command: str, *fixed: str) -> int:
