@@ -52,9 +52,15 @@ def test_two_processes_draw_the_same_pictures(tmp_path: Path) -> None:
 
 def test_sampler_and_guidance_change_the_pictures(tmp_path: Path) -> None:
     assert main(["generate", *flags(tmp_path / "a")]) == 0
-    for name, more in {"sampler": {"sampler": "euler"}, "guidance": {"guidance_scale": 1.0}}.items():
+    for name, more in {"sampler": {"sampler": "euler_a"}, "guidance": {"guidance_scale": 1.0}}.items():
         assert main(["generate", *flags(tmp_path / name, **more)]) == 0
         assert np.abs(pictures(tmp_path / "a", 3) - pictures(tmp_path / name, 3)).mean() > 0.5, name
+
+
+def test_noise_of_ancestral_samplers_belongs_to_the_seed(tmp_path: Path) -> None:
+    for name, batch_size in (("a", 3), ("b", 1)):
+        assert main(["generate", *flags(tmp_path / name, sampler="euler_a", batch_size=batch_size)]) == 0
+    assert np.abs(pictures(tmp_path / "a", 3) - pictures(tmp_path / "b", 3)).max() <= 1
 
 
 @pytest.mark.parametrize(
