@@ -141,6 +141,7 @@ def _run(config: Any, method: Any, num_eval_prompts: int | None) -> int:
     from diffpref.training.align import align
     from diffpref.training.stopping import NotFinite, Stopped
 
+    _no_loading_bars()
     try:
         aligned = align(config, method)
     except Stopped as stop:
@@ -163,6 +164,7 @@ def generate(argv: list[str]) -> int:
     from diffpref.inference.sample import SampleConfig, sample
 
     config = _configured(SampleConfig, argv, "generate")
+    _no_loading_bars()
     return 0 if config is None else sample(config)
 
 
@@ -171,6 +173,7 @@ def evaluate(argv: list[str]) -> int:
     from diffpref.testbed.demo import CompareConfig, compare_models
 
     config = _configured(CompareConfig, argv, "evaluate")
+    _no_loading_bars()
     return 0 if config is None else compare_models(config)
 
 
@@ -196,6 +199,13 @@ def _configured(cls: type[Any], argv: list[str], command: str) -> Any:
         print(f"usage: diffpref {command} [--setting value ...]\n{help_text(cls)}")
         return None
     return build(cls, flags)
+
+
+def _no_loading_bars() -> None:
+    """Hide the bars of pipelines that load in a second; diffusers has no environment variable for them."""
+    from diffusers.utils import logging
+
+    logging.disable_progress_bar()
 
 
 def _die_with_launcher() -> None:
