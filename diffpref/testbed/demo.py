@@ -20,7 +20,7 @@ from diffpref.evaluation.report import THIS_RUN, Control, ImplicitAccuracy, Pict
 from diffpref.evaluation.stats import count_wins, wilson_interval
 from diffpref.locations import asset
 from diffpref.models.lora import LORA_FILE
-from diffpref.testbed.measure import Measured, Ruler, apply_filter, comparison, fingerprint, measure, seeds_for
+from diffpref.testbed.measure import Measured, apply_filter, comparison, fingerprint, measure, seeds_for, shipped_ruler
 from diffpref.testbed.prompts import draw_prompts
 from diffpref.testbed.reward import WEIGHTS, reward
 from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler
@@ -115,14 +115,9 @@ def make_report(base: Sampler, aligned: Sampler, num_prompts: int, ruler_samples
 
 def _ruler(base: Sampler, prompts: list[str], num_samples: int) -> np.ndarray | None:
     """Base scores (P, M) of the prompts: the stored ones if they belong to this model and sampling, else sampled now."""
-    path = asset("testbed") / "ruler.json"
-    if path.exists():
-        stored = Ruler.load(path)
-        fits = (stored.steps, stored.guidance) == (base.steps, base.guidance) and stored.model == fingerprint(Path(base.model))
-        if fits and len(prompts) <= len(stored.scores):
-            return stored.scores[: len(prompts)]
-    if num_samples < 1:
-        return None
+    stored = shipped_ruler(base.model, base.steps, base.guidance, len(prompts))
+    if stored is not None or num_samples < 1:
+        return stored
     columns = [reward(base(prompts, seeds_for(len(prompts), 1 + m)), prompts) for m in range(num_samples)]
     return np.stack(columns, 1)
 

@@ -22,7 +22,7 @@ import torch
 from diffpref.evaluation.stats import count_wins, wilson_interval
 from diffpref.locations import asset, config_file
 from diffpref.methods import METHODS
-from diffpref.testbed.measure import FILTERS, Measured, Ruler, apply_filter, comparison, fingerprint, measure, seeds_for
+from diffpref.testbed.measure import FILTERS, Measured, apply_filter, comparison, fingerprint, measure, seeds_for, shipped_ruler
 from diffpref.testbed.prompts import draw_prompts
 from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler, sample_parallel
 from diffpref.training.align import align
@@ -166,13 +166,8 @@ def row_of(job: Job, base: Measured) -> dict[str, Any]:
 
 
 def ruler(config: ResultsConfig) -> np.ndarray | None:
-    """The shipped ruler of the test prompts, if it belongs to the shipped model."""
-    path = asset("testbed") / "ruler.json"
-    if config.purpose != "test" or not path.exists():
-        return None
-    stored = Ruler.load(path)
-    fits = stored.model == fingerprint(asset("testbed", "pipeline")) and len(stored.scores) >= config.num_prompts
-    return stored.scores[: config.num_prompts] if fits and (stored.steps, stored.guidance) == (STEPS, GUIDANCE) else None
+    """The shipped ruler, which is of the test prompts."""
+    return shipped_ruler(str(asset("testbed", "pipeline")), STEPS, GUIDANCE, config.num_prompts) if config.purpose == "test" else None
 
 
 def run_untrained(config: ResultsConfig, base: Measured) -> dict[str, Any]:
@@ -202,7 +197,8 @@ def run_untrained(config: ResultsConfig, base: Measured) -> dict[str, Any]:
 
 
 def _win_rate(base: Measured, other: Measured) -> float:
-    return float(((other.score > base.score) + 0.5 * (other.score == base.score)).mean())
+    wins, n = count_wins(base.score, other.score)
+    return wins / n
 
 
 def clean_effects(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -14,6 +14,7 @@ from PIL import Image, ImageEnhance, ImageFilter
 from diffpref.evaluation.compare import compare_scores
 from diffpref.evaluation.generate import Images
 from diffpref.evaluation.stats import spread_ratio
+from diffpref.locations import asset
 from diffpref.testbed.checker import Reading, follows, parse, read
 from diffpref.testbed.reward import reward_parts, total, unrewarded
 
@@ -141,3 +142,13 @@ class Ruler:
         """Read what `save` wrote."""
         stored = json.loads(path.read_text())
         return cls(stored["model"], stored["steps"], stored["guidance"], np.array(stored["scores"]))
+
+
+def shipped_ruler(model: str, steps: int, guidance: float, num_prompts: int) -> np.ndarray | None:
+    """Scores (num_prompts, M) of the shipped ruler, None if it belongs to another model or sampling or has fewer prompts."""
+    path = asset("testbed") / "ruler.json"
+    if not path.exists():
+        return None
+    stored = Ruler.load(path)
+    fits = (stored.model, stored.steps, stored.guidance) == (fingerprint(Path(model)), steps, guidance)
+    return stored.scores[:num_prompts] if fits and num_prompts <= len(stored.scores) else None

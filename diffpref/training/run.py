@@ -98,9 +98,11 @@ class Run:
     def validate(self, step: int) -> None:
         """Held-out accuracy and pictures."""
         if self.validation and self.accelerator.is_main_process:
-            with self.accelerator.autocast():  # the frozen copy is not wrapped, and must compute as the policy does
-                found = self.validation(step)
-            self.log.record(step, found)
+            self.validation.draw(step)  # outside autocast: SDXL's autoencoder overflows in fp16
+            if self.validation.accuracy:
+                with self.accelerator.autocast():  # the frozen copy is not wrapped, and must compute as the policy does
+                    found = self.validation.accuracy()
+                self.log.record(step, found)
         self.accelerator.wait_for_everyone()
 
 

@@ -25,7 +25,7 @@ PICTURE_GUIDANCE = 5.0
 
 @dataclass
 class Validation:
-    """Called with the step; returns the values to log and writes validation/step_<n>.png: base above, policy below."""
+    """Pictures in validation/step_<n>.png, base above and policy below, and accuracy on held-out pairs if there are any."""
 
     folder: Path
     pipeline: DiffusionPipeline
@@ -40,12 +40,12 @@ class Validation:
         prompts = prompts[: config.num_validation_images]
         return cls(folder / "validation", pipeline, prompts, _pictures(pipeline, prompts))
 
-    def __call__(self, step: int) -> dict[str, Any]:
+    def draw(self, step: int) -> None:
+        """Write step_<n>.png."""
         if self.prompts:
             self.folder.mkdir(exist_ok=True)
             sheet = contact_sheet([self.base_pictures, _pictures(self.pipeline, self.prompts)], _enlarge(self.base_pictures))
             sheet.save(self.folder / f"step_{step}.png")
-        return {} if self.accuracy is None else self.accuracy()
 
 
 def _pictures(pipeline: DiffusionPipeline, prompts: list[str]) -> Images:
