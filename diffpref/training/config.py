@@ -17,11 +17,27 @@ class TrainConfig:
     """Training objective: diffusion_dpo or sft."""
 
     pretrained_model_name_or_path: str | None = None
-    """Base model: a diffusers folder or hub id of the SD or SDXL family."""
+    """Base model of the SD or SDXL family: a diffusers folder, a hub id or a single .safetensors checkpoint."""
     revision: str | None = None
     """Git revision of a hub model."""
     variant: str | None = None
     """Weight variant of the model files, such as fp16."""
+    single_file_config: str | None = None
+    """Folder or hub id with the configs and tokenizers of a single-file checkpoint; the family's public one when not given."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another autoencoder, such as SDXL's one mended for fp16: a folder, hub id or .safetensors file."""
+    unet_init: str | None = None
+    """Other UNet weights for policy and reference: a UNet or pipeline folder, .safetensors, or a state dict such as unet.pth."""
+    start_lora: str | None = None
+    """LoRA to start from, in diffusers' or kohya's form: a file or a folder with pytorch_lora_weights.safetensors."""
+    start_lora_as: Literal["base", "adapter"] = "base"
+    """base: the LoRA is merged, policy and reference start with it; adapter: it is trained further, the reference is without it."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the UNet predicts, if the checkpoint's scheduler does not say it rightly; checked against it otherwise."""
+    rescale_betas_zero_snr: bool | None = None
+    """Whether the noise schedule ends in pure noise; the checkpoint's scheduler decides when not given."""
+    is_turbo: bool = False
+    """Train at SDXL Turbo's four noise levels only (timesteps 249, 499, 749, 999, schedule rescaled to zero terminal SNR)."""
     tune: Literal["lora", "full"] = "lora"
     """Train a LoRA adapter (the reference is the model without it) or all UNet weights (the reference is a frozen copy)."""
     rank: int = 16
@@ -30,13 +46,45 @@ class TrainConfig:
     """Scale numerator of the adapter; the rank when not given, so that the scale is 1."""
     lora_targets: str = "attention"
     """UNet layers that get an adapter: attention, all, or layer names separated by commas."""
+    use_dora: bool = False
+    """Train magnitude and direction of the adapted weights apart (DoRA)."""
+    use_rslora: bool = False
+    """Scale the adapter by lora_alpha / sqrt(rank) in place of lora_alpha / rank."""
+    train_text_encoder: bool = False
+    """Also train LoRA adapters on the attention of the text encoders."""
+    use_ema: bool = False
+    """Keep a moving average of the trained weights; it is what is validated and exported."""
+    ema_decay: float = 0.999
+    """Share of the average that stays at each optimizer step; higher averages over more steps."""
 
     train_data_dir: str | None = None
-    """Local preference pairs: a parquet file, a folder of parquet files or a saved datasets folder, in the Pick-a-Pic schema."""
+    """Local preference data: a file or folder in one of the forms of docs/data.md."""
     dataset_name: str | None = None
     """Preference pairs by hub id; give this or train_data_dir."""
+    dataset_config_name: str | None = None
+    """Configuration of a hub data set that has several."""
+    data_format: str = "auto"
+    """Form of the data (docs/data.md lists them); auto looks at the files."""
+    streaming: bool = False
+    """Read a hub data set while training in place of downloading it first; the order after resuming is approximate."""
     split: str = "train"
     """Split to train on."""
+    caption_column: str | None = None
+    """Column of the prompts, if it is not found under a known name."""
+    image_0_column: str | None = None
+    """Column of the first image."""
+    image_1_column: str | None = None
+    """Column of the second image."""
+    label_column: str | None = None
+    """Column with the probability that the first image is better."""
+    user_column: str | None = None
+    """Column of the annotator."""
+    ranked_pairs: Literal["all", "best_worst"] = "all"
+    """Which pairs a ranked list of images gives: every pair of different rank, or the best against the worst."""
+    choice_model: str | None = None
+    """Let the columns <name>_0 and <name>_1 of a scorer decide which image is preferred, in place of the human label."""
+    dreamlike_pairs_only: bool = False
+    """Keep pairs whose model_0 and model_1 both contain "dream", as in Salesforce's script."""
     cache_dir: str | None = None
     """Where hub datasets are kept."""
     max_train_samples: int | None = None
@@ -55,6 +103,16 @@ class TrainConfig:
     """Crop at random (shared by the pair) instead of at the centre."""
     no_hflip: bool = False
     """Do not mirror pairs at random; needed when left and right matter to the preference."""
+    flip_mode: Literal["shared", "independent"] = "shared"
+    """Mirror both pictures of a pair together, or each by a draw of its own as Salesforce's script does."""
+    aspect_ratio_buckets: bool = False
+    """Train on pictures of several aspect ratios of about resolution x resolution pixels in place of square crops."""
+    bucket_step: int = 64
+    """Pixels by which the sides of the buckets differ."""
+    noise_offset: float = 0.0
+    """Strength of a constant per channel that is added to the noise."""
+    input_perturbation: float = 0.0
+    """Strength of additional noise in x_t that the target does not contain; shared by the pair."""
     proportion_empty_prompts: float = 0.0
     """Share of pairs whose prompt is replaced by the empty one, drawn once per pair and visit."""
     cache_latents: bool = False
@@ -62,16 +120,31 @@ class TrainConfig:
     dataloader_num_workers: int = 0
     """Processes that decode pictures; does not change what is seen."""
 
+    vae_encode_batch_size: int = 8
+    """Pictures that the autoencoder encodes at once."""
+
     max_train_steps: int = 2000
     """Optimizer steps."""
+    num_train_epochs: int | None = None
+    """Passes over the pairs; decides in place of max_train_steps when given."""
     train_batch_size: int = 1
     """Pairs per process and forward pass."""
     gradient_accumulation_steps: int = 1
     """Forward passes per optimizer step."""
     learning_rate: float = 1e-5
-    """Rate of the optimizer, as it is used: nothing is multiplied in."""
-    lr_scheduler: Literal["linear", "cosine", "polynomial", "constant", "constant_with_warmup"] = "constant_with_warmup"
+    """Rate of the optimizer, as it is used unless scale_lr is given."""
+    scale_lr: bool = False
+    """Multiply learning_rate by the pairs per update, as published commands with a rate of 1e-8 expect."""
+    lr_scheduler: Literal["linear", "cosine", "cosine_with_restarts", "polynomial", "constant", "constant_with_warmup"] = (
+        "constant_with_warmup"
+    )
     """Schedule, counted in optimizer steps."""
+    lr_num_cycles: int = 1
+    """Restarts of cosine_with_restarts."""
+    lr_power: float = 1.0
+    """Exponent of the polynomial schedule."""
+    optimizer: Literal["adamw", "adamw_8bit", "adamw_4bit", "adafactor", "prodigy", "schedule_free"] = "adamw"
+    """adamw_8bit needs bitsandbytes, adamw_4bit torchao, prodigy and schedule_free their packages: pip install diffpref[optim]."""
     lr_warmup_steps: int = 100
     """Optimizer steps of linear warm-up."""
     adam_beta1: float = 0.9
@@ -88,6 +161,12 @@ class TrainConfig:
     """Recompute activations in the backward pass: less memory, about 25 % more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Autocast dtype of the UNet's forward passes; the launcher's when not given. Weights and losses stay in float32."""
+    allow_tf32: bool = False
+    """Let GPUs multiply float32 matrices in TF32: faster, with 10 bits of mantissa."""
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    """Attention kernel of the UNet: torch's, or xformers' (a GPU and pip install diffpref[xformers])."""
+    preflight: Literal["refuse", "warn", "off"] = "refuse"
+    """What happens when memory, disk or kernels would not suffice: the run is refused, warned about, or nothing is checked."""
 
     output_dir: str | None = None
     """Run folder; outputs/<method>-<time> when not given."""
@@ -105,10 +184,26 @@ class TrainConfig:
     """Prompts of the validation pictures; the first held-out prompts when not given."""
     num_validation_images: int = 4
     """Pictures per validation, the base model's beside the policy's."""
+    validation_scorer: str | None = None
+    """Scorer of the validation pictures: its name, or name=weights."""
+    early_stopping_patience: int | None = None
+    """Stop after this many validations without a better value of early_stopping_metric, and export the best."""
+    early_stopping_metric: Literal["implicit_accuracy", "scorer"] = "implicit_accuracy"
+    """Held-out accuracy of the implicit reward, or the mean of validation_scorer."""
     merge_lora: bool = False
     """After a LoRA run also write the complete pipeline with the adapter merged into its weights."""
     report_to: str = "none"
-    """Tracker beside metrics.jsonl: none, tensorboard, wandb or all."""
+    """Trackers beside metrics.jsonl: none, all, or names of accelerate's trackers separated by commas, such as tensorboard,wandb."""
+    logging_dir: str = "logs"
+    """Folder of the trackers' files, inside output_dir."""
+    tracker_project_name: str = "diffpref"
+    """Project name in the trackers."""
+    push_to_hub: bool = False
+    """Upload the finished model and its card to the hub."""
+    hub_model_id: str | None = None
+    """Hub repository; the name of output_dir when not given."""
+    hub_token: str | None = None
+    """Token of the hub; the one of huggingface-cli login when not given."""
 
     def __post_init__(self) -> None:
         _check_ranges(self)
@@ -139,6 +234,13 @@ class TrainConfig:
 _AT_LEAST = {
     "rank": 1,
     "max_train_steps": 1,
+    "num_train_epochs": 1,
+    "lr_num_cycles": 1,
+    "vae_encode_batch_size": 1,
+    "bucket_step": 1,
+    "noise_offset": 0,
+    "input_perturbation": 0,
+    "early_stopping_patience": 1,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 1,
     "checkpointing_steps": 1,
@@ -160,7 +262,7 @@ def _check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not value >= least:  # also true of nan
             raise ValueError(f"{name} is {value}; it must be at least {least}")
-    for name in ("proportion_empty_prompts", "label_noise_prob"):
+    for name in ("proportion_empty_prompts", "label_noise_prob", "ema_decay"):
         value = getattr(config, name)
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}; it is a share between 0 and 1")

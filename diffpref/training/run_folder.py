@@ -21,6 +21,7 @@ from diffpref.methods import Method
 from diffpref.models.backbone import Backbone
 from diffpref.training.checkpoint import find_checkpoint
 from diffpref.training.config import TrainConfig
+from diffpref.training.device import pairs_per_update
 from diffpref.training.settings import Settings, to_flat
 
 CONFIG_FILE = "diffpref_config.yaml"
@@ -81,7 +82,9 @@ def compare(stored: Settings, settings: Settings) -> list[str]:
     """Settings that differ and must not: "name: stored -> new"."""
     allowed = set(_MAY_CHANGE)
     if str(settings.get("lr_scheduler", "")).startswith("constant"):
-        allowed.add("max_train_steps")  # under a constant schedule a longer run begins like the shorter one
+        allowed |= {"max_train_steps", "num_train_epochs"}  # under a constant schedule a longer run begins like the shorter one
+    if settings.get("num_train_epochs") is not None:
+        allowed.add("max_train_steps")  # follows from the epochs and the data, which are compared themselves
     names = [name for name in {**stored, **settings} if name not in allowed]
     return [f"{n}: {stored.get(n)} -> {settings.get(n)}" for n in names if stored.get(n) != settings.get(n)]
 
@@ -106,7 +109,7 @@ def open_folder(
     if pairs.rejected:
         write_rejected(pairs, folder / "rejected_rows.jsonl")
         print(f"rejected rows are listed in {folder / 'rejected_rows.jsonl'}", file=sys.stderr)
-    per_update = config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+    per_update = pairs_per_update(config, accelerator)
     manifest = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
