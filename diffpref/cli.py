@@ -58,37 +58,74 @@ def train(argv: list[str]) -> int:
     """Train, export, and on the testbed also compare with the base and write the report."""
     _die_with_launcher()
     _use_all_cores()
-    from diffpref.methods import METHODS
-    from diffpref.training.config import TrainConfig
-    from diffpref.training.settings import ALIASES, build, convert, help_text, names_of, parse_flags, read_yaml
+    from diffpref.training.settings import build, convert, names_of
 
-    extra = ("config", "help", "num_eval_prompts")
-    known = [*dict.fromkeys([*names_of(TrainConfig, *METHODS.values()), *extra])]
-    flags = parse_flags(argv, known)
-    if flags.pop("help", False):
-        print(f"usage: diffpref train [--config FILE.yaml] [--setting value ...]\n{help_text(TrainConfig, *METHODS.values())}")
-        print("\n  --num_eval_prompts  (int, default 200)\n      Testbed only: test prompts of the report.")
-        print(f"\nAlso accepted: {', '.join(f'--{a} for --{b}' for a, b in ALIASES.items())}")
-        return 0
-    path = flags.pop("config", None)
-    settings = (read_yaml(path, known) if path else {}) | flags
-    method = METHODS.get(settings.get("method", TrainConfig.method))
+    settings, method, notes = _train_settings(argv)
     if method is None:
-        raise ValueError(f"method is {settings['method']!r}; accepted: {', '.join(METHODS)}")
-    _check_used(settings, names_of(TrainConfig), names_of(method))
-    on_testbed = not any(settings.get(name) for name in SOURCES)
-    if on_testbed:
-        settings = _testbed_settings(settings, known)
-        print(f"No model and no data given: using the embedded testbed, method {settings['method']}.", flush=True)
-    _check_model_and_data(settings)
-    num_prompts = convert("num_eval_prompts", settings.pop("num_eval_prompts", 200 if on_testbed else None), int | None)
-    if num_prompts is not None and (not on_testbed or num_prompts < 1):
-        raise ValueError(
-            f"num_eval_prompts is {num_prompts}; it is at least 1, and belongs to the testbed: leave it out with a model and data"
-        )
+        return 0
+    on_testbed = "num_eval_prompts" in settings
+    num_prompts = convert("num_eval_prompts", settings.pop("num_eval_prompts", None), int | None)
+    if num_prompts is not None and num_prompts < 1:
+        raise ValueError(f"num_eval_prompts is {num_prompts}; it must be at least 1")
+    from diffpref.training.config import TrainConfig
+
     mine = names_of(method)
     config = build(TrainConfig, {n: v for n, v in settings.items() if n not in mine})
-    return _run(config, build(method, {n: v for n, v in settings.items() if n in mine}), num_prompts)
+    return _run(config, build(method, {n: v for n, v in settings.items() if n in mine}), num_prompts if on_testbed else None, notes)
+
+
+def _train_settings(argv: list[str]) -> tuple[dict[str, Any], type[Any] | None, list[str]]:
+    """(settings in our names, method class, what to say about their origin) of a training command; no method after --help."""
+    from diffpref.methods import METHODS
+    from diffpref.training.config import TrainConfig
+    from diffpref.training.families import FOREIGN, merged, translate
+    from diffpref.training.settings import names_of, parse_flags, read_yaml
+
+    known = [*dict.fromkeys([*names_of(TrainConfig, *METHODS.values()), *FOREIGN, "config", "help", "preset", "num_eval_prompts"])]
+    flags = parse_flags(argv, known)
+    if flags.pop("help", False):
+        print(_train_help())
+        return {}, None, []
+    path = flags.pop("config", None)
+    given = merged(read_yaml(path, known) if path else {}, flags)
+    preset = given.pop("preset", None)
+    name = "sft" if given.get("sft") and "method" not in given else given.get("method", TrainConfig.method)
+    method = METHODS.get(name)
+    if method is None:
+        raise ValueError(f"method is {name!r}; accepted: {', '.join(METHODS)}")
+    if not any(given.get(source) for source in SOURCES):
+        if preset:
+            raise ValueError(f"preset is {preset!r}, which belongs to runs with a model and data; leave it out on the testbed")
+        settings = translate(given, "diffpref", [], lambda _: "sdxl").settings
+        _check_used(settings, names_of(TrainConfig), names_of(method))
+        print(f"No model and no data given: using the embedded testbed, method {name}.", flush=True)
+        return _testbed_settings(settings), method, []
+    _check_model_and_data(given)
+    if "num_eval_prompts" in given:
+        raise ValueError(f"num_eval_prompts is {given['num_eval_prompts']}; it belongs to the testbed: leave it out with a model and data")
+    done = translate(given, preset, names_of(TrainConfig, method), _model_family)
+    _check_used(done.settings, names_of(TrainConfig), names_of(method))
+    return done.settings, method, done.notes
+
+
+def _train_help() -> str:
+    from diffpref.methods import METHODS
+    from diffpref.training.config import TrainConfig
+    from diffpref.training.families import FAMILIES, FOREIGN
+    from diffpref.training.settings import help_text
+
+    return (
+        f"usage: diffpref train [--config FILE.yaml] [--setting value ...]\n{help_text(TrainConfig, *METHODS.values())}\n\n"
+        "  --num_eval_prompts  (int, default 200)\n      Testbed only: test prompts of the report.\n"
+        f"  --preset  ({', '.join(FAMILIES)})\n      Whose defaults are meant; the flags tell when not given (docs/migrate.md).\n\n"
+        f"Flags of other scripts that are understood: {', '.join(f'--{name}' for name in FOREIGN)}"
+    )
+
+
+def _model_family(settings: dict[str, Any]) -> str:
+    from diffpref.models.backbone import model_family
+
+    return model_family(str(settings["pretrained_model_name_or_path"]), settings.get("revision"))
 
 
 SOURCES = ("pretrained_model_name_or_path", "train_data_dir", "dataset_name")
@@ -106,18 +143,12 @@ def _check_used(settings: dict[str, Any], common: list[str], owned: list[str]) -
             raise ValueError(f"{name} is {value}, but tune is full, which has no adapter; leave it out or use tune lora")
 
 
-def _testbed_settings(settings: dict[str, Any], known: list[str]) -> dict[str, Any]:
+def _testbed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The testbed's settings for the chosen method and tuning, overridden by `settings`."""
-    from diffpref.locations import asset, config_file
-    from diffpref.training.settings import read_yaml
+    from diffpref.testbed.recipe import read_recipe
 
     method = settings.get("method", "diffusion_dpo")
-    file = f"{method}_full.yaml" if settings.get("tune") == "full" else f"{method}.yaml"
-    places = {
-        "pretrained_model_name_or_path": str(asset("testbed", "pipeline")),
-        "train_data_dir": str(asset("testbed", "pairs")),
-    }
-    return read_yaml(config_file("testbed", file), known) | settings | places
+    return {"num_eval_prompts": 200} | read_recipe(f"{method}_full" if settings.get("tune") == "full" else method) | settings
 
 
 def _check_model_and_data(settings: dict[str, Any]) -> None:
@@ -136,14 +167,14 @@ def _check_model_and_data(settings: dict[str, Any]) -> None:
         )
 
 
-def _run(config: Any, method: Any, num_eval_prompts: int | None) -> int:
-    """Align, and with num_eval_prompts compare with the testbed's base."""
+def _run(config: Any, method: Any, num_eval_prompts: int | None, notes: list[str]) -> int:
+    """Align, and with num_eval_prompts compare with the testbed's base. `notes` say where settings came from."""
     from diffpref.training.align import align
     from diffpref.training.stopping import NotFinite, Stopped
 
     _no_loading_bars()
     try:
-        aligned = align(config, method)
+        aligned = align(config, method, notes)
     except Stopped as stop:
         print(stop, file=sys.stderr, flush=True)
         return stop.code

@@ -41,6 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "training": LIBRARY - {"testbed"},
     "testbed": LIBRARY,
     "cli": LIBRARY,
+    "api": LIBRARY,
 }
 MATHS = {"core", "methods", "guards", "paths"}  # torch and the standard library only: their tests start in a second
 OUTSIDE = {"scripts", "pipelines", "tests", "benchmarks"}  # what the library and the scripts never import

@@ -86,6 +86,15 @@ def load_pipeline(source: str, revision: str | None = None, variant: str | None 
     return pipeline
 
 
+def model_family(source: str, revision: str | None = None) -> str:
+    """"sd" or "sdxl", from the UNet's config alone. Raises ValueError when it cannot be read."""
+    try:
+        config = UNet2DConditionModel.load_config(source, subfolder="unet", revision=revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"pretrained_model_name_or_path {source!r} has no readable UNet config ({error})") from error
+    return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd"
+
+
 def load_backbone(source: str, revision: str | None = None, variant: str | None = None) -> Backbone:
     """Load a pipeline and detect its family from the UNet's config.
 

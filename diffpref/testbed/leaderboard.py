@@ -20,14 +20,15 @@ import numpy as np
 import torch
 
 from diffpref.evaluation.stats import count_wins, wilson_interval
-from diffpref.locations import asset, config_file
+from diffpref.locations import asset
 from diffpref.methods import METHODS
 from diffpref.testbed.measure import FILTERS, Measured, apply_filter, comparison, fingerprint, measure, seeds_for, shipped_ruler
 from diffpref.testbed.prompts import draw_prompts
+from diffpref.testbed.recipe import read_recipe
 from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler, sample_parallel
 from diffpref.training.align import align
 from diffpref.training.config import TrainConfig
-from diffpref.training.settings import build, names_of, read_yaml
+from diffpref.training.settings import build, names_of
 
 LABELS = {"true": 0.0, "shuffled": 0.5, "inverted": 1.0}
 """label_noise_prob of the three labellings."""
@@ -110,10 +111,8 @@ def measure_base(config: ResultsConfig) -> Measured:
 def recipe_of(job: Job) -> dict[str, Any]:
     """The settings of a job."""
     config = job.config
-    recipe = read_yaml(config_file("testbed", f"{job.recipe}.yaml"), names_of(TrainConfig, *METHODS.values()))
+    recipe = read_recipe(job.recipe)
     recipe |= {
-        "pretrained_model_name_or_path": str(asset("testbed", "pipeline")),
-        "train_data_dir": str(asset("testbed", "pairs")),
         "output_dir": str(Path(config.out) / job.name),
         "seed": job.seed,
         "label_noise_prob": LABELS[job.labels],

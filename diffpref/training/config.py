@@ -129,9 +129,9 @@ class TrainConfig:
     """Passes over the pairs; decides in place of max_train_steps when given."""
     train_batch_size: int = 1
     """Pairs per process and forward pass."""
-    gradient_accumulation_steps: int = 1
+    gradient_accumulation_steps: int = 16
     """Forward passes per optimizer step."""
-    learning_rate: float = 1e-5
+    learning_rate: float = 5e-5
     """Rate of the optimizer, as it is used unless scale_lr is given."""
     scale_lr: bool = False
     """Multiply learning_rate by the pairs per update, as published commands with a rate of 1e-8 expect."""

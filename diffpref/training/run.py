@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -105,9 +105,11 @@ class Run:
         self.accelerator.wait_for_everyone()
 
 
-def prepare_run(config: TrainConfig, method: Method) -> Run:
+def prepare_run(config: TrainConfig, method: Method, notes: Sequence[str] = ()) -> Run:
     """Check, load and connect everything; the cheap checks come first. Raises ValueError for whatever the user can mend."""
     accelerator = new_accelerator(config)
+    if accelerator.is_main_process:
+        print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
     folder, resume = claim(config, method, accelerator)
     pairs, held_out = load_run_pairs(config, accelerator.is_main_process)
     config = with_steps(config, len(pairs), accelerator)
@@ -129,7 +131,7 @@ def prepare_run(config: TrainConfig, method: Method) -> Run:
     sampler = PairSampler(len(pairs), config.seed)
     pixels = PairPixels(pairs, resolution, config.seed, 0.0 if config.no_hflip else 0.5, config.random_crop)
     source = new_source(config, pixels, sampler, encoder, accelerator, first_step)
-    open_folder(folder, config, method, pairs, accelerator, backbone)
+    open_folder(folder, config, method, pairs, accelerator, backbone, notes)
     log = RunLog(accelerator, folder, config.max_train_steps, pairs_per_update(config, accelerator), first_step)
     if validation and held_out is not None and reference is not None:
         validation.accuracy = held_out_accuracy(config, held_out, backbone, reference, encoder)

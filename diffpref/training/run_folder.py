@@ -9,6 +9,7 @@ import platform
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,13 @@ def compare(stored: Settings, settings: Settings) -> list[str]:
 
 
 def open_folder(
-    folder: Path, config: TrainConfig, method: Method, pairs: PairDataset, accelerator: Accelerator, backbone: Backbone
+    folder: Path,
+    config: TrainConfig,
+    method: Method,
+    pairs: PairDataset,
+    accelerator: Accelerator,
+    backbone: Backbone,
+    notes: Sequence[str] = (),
 ) -> None:
     """Create the run folder with resolved settings, manifest and rejected rows, now that everything is loaded.
 
@@ -113,9 +120,11 @@ def open_folder(
     manifest = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
+        "notes": list(notes),
         "settings": to_flat(config, method),
         "effective_learning_rate": config.learning_rate,
         "pairs_per_update": per_update,
+        "beta_convention": "beta multiplies half the difference of mean squared errors",
         "num_processes": accelerator.num_processes,
         "device": str(accelerator.device),
         "model_family": backbone.family,

@@ -21,9 +21,6 @@ import yaml
 T = TypeVar("T")
 Settings = dict[str, Any]
 
-ALIASES: Mapping[str, str] = {"beta_dpo": "beta", "dataset_split_name": "split", "workers": "dataloader_num_workers"}
-"""Other scripts' names for our settings, accepted as flag and as YAML key."""
-
 
 def parse_flags(argv: Sequence[str], known: Iterable[str]) -> Settings:
     """`--name value`, `--name=value` and bare `--name` (true) to a flat mapping; values stay text until `convert`.
@@ -65,11 +62,10 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> Settings:
 
 
 def canonical(name: str, known: Sequence[str], place: str) -> str:
-    """The known name of a setting, following aliases. Raises ValueError with the nearest known name."""
-    name = ALIASES.get(name, name) if name not in known else name
+    """`name` if it is known. Raises ValueError with the nearest known name."""
     if name in known:
         return name
-    near = difflib.get_close_matches(name, [*known, *ALIASES], n=1, cutoff=0.5)
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "--help lists the known ones"
     raise ValueError(f"{place}{name} is not a setting; {hint}")
 

@@ -39,6 +39,7 @@ def base_settings(sd_folder: Path, pairs_file: Path, table_cache: Path) -> Setti
         "rank": 2,
         "max_train_steps": 6,
         "train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
         "learning_rate": 1e-2,
         "lr_scheduler": "constant",
         "lr_warmup_steps": 0,

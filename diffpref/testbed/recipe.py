@@ -1,0 +1,29 @@
+"""Settings of training runs on the testbed: its recipes, its model, its pairs."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from diffpref.locations import asset, config_file
+from diffpref.methods import METHODS
+from diffpref.training.config import TrainConfig
+from diffpref.training.settings import Settings, build, names_of, read_yaml
+
+
+def read_recipe(name: str) -> Settings:
+    """The settings of configs/testbed/<name>.yaml, those of the method among them, with the testbed's model and pairs."""
+    return {
+        **read_yaml(config_file("testbed", f"{name}.yaml"), names_of(TrainConfig, *METHODS.values())),
+        "pretrained_model_name_or_path": str(asset("testbed", "pipeline")),
+        "train_data_dir": str(asset("testbed", "pairs")),
+    }
+
+
+def recipe_config(recipe: str = "diffusion_dpo", **changes: Any) -> TrainConfig:
+    """The run settings of a recipe without the method's own, for a loss of one's own: `align(recipe_config(), MyLoss())`.
+
+    `changes` are fields of TrainConfig. Raises ValueError for a recipe that is not there and for values that cannot be.
+    """
+    names = names_of(TrainConfig)
+    settings = {name: value for name, value in read_recipe(recipe).items() if name in names}
+    return build(TrainConfig, settings | changes)
