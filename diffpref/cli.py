@@ -16,6 +16,7 @@ USAGE = """usage: diffpref COMMAND [--setting value ...]
 
   train      align a model with preference pairs; without model and data it uses the embedded testbed
   generate   pictures from prompts and seeds, with a base, aligned or LoRA checkpoint
+  label      pairs from a model's pictures, judged by scorers; or scores and labels for existing pairs
   evaluate   compare an aligned testbed model with its base: report.html, report.json
   testbed    rebuild the testbed: vae, base, pairs, ruler, or run its results table
 
@@ -40,7 +41,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
-    commands: dict[str, Callable[[list[str]], int]] = {"train": train, "generate": generate, "evaluate": evaluate, "testbed": testbed}
+    commands: dict[str, Callable[[list[str]], int]] = {
+        "train": train,
+        "generate": generate,
+        "label": label,
+        "evaluate": evaluate,
+        "testbed": testbed,
+    }
     if words[0] not in commands:
         return _fail(f"{words[0]!r} is not a command; use {', '.join(commands)}")
     try:
@@ -197,6 +204,24 @@ def generate(argv: list[str]) -> int:
     config = _configured(SampleConfig, argv, "generate")
     _no_loading_bars()
     return 0 if config is None else sample(config)
+
+
+def label(argv: list[str]) -> int:
+    """Pairs from scorers; see diffpref/labelling/command.py."""
+    from diffpref.labelling import command
+
+    config = _configured(command.LabelConfig, argv, "label")
+    _no_loading_bars()
+    return 0 if config is None else command.label(config, {spec.partition("=")[0]: _scorer(spec) for spec in config.scorers})
+
+
+def _scorer(spec: str) -> Callable[..., Any]:
+    """A scorer by name or name=weights; the testbed's reward is known here and not to the library."""
+    if spec == "testbed":
+        from diffpref.testbed.reward import reward_of_pictures
+
+        return reward_of_pictures
+    raise ValueError(f"scorer {spec!r} is not known; accepted: testbed")
 
 
 def evaluate(argv: list[str]) -> int:

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 LIBRARY = {
     *("core", "methods", "guards", "paths", "sources", "data", "models", "users", "scorers"),
-    *("training", "evaluation", "testbed", "inference", "locations"),
+    *("training", "evaluation", "testbed", "inference", "labelling", "locations"),
 }
 # A package or top-level module of diffpref, and the others it may import. Its own files and `import diffpref` (the version
 # string) are free, except that methods do not import each other.
@@ -38,6 +38,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sources": {"core", "paths", "data"},
     "evaluation": {"core", "data", "locations"},
     "inference": {"core", "paths", "models", "users", "scorers", "evaluation", "locations"},
+    "labelling": {"core", "data", "evaluation", "inference", "locations"},
     "training": LIBRARY - {"testbed"},
     "testbed": LIBRARY,
     "cli": LIBRARY,

@@ -87,7 +87,7 @@ def load_pipeline(source: str, revision: str | None = None, variant: str | None 
 
 
 def model_family(source: str, revision: str | None = None) -> str:
-    """"sd" or "sdxl", from the UNet's config alone. Raises ValueError when it cannot be read."""
+    """ "sd" or "sdxl", from the UNet's config alone. Raises ValueError when it cannot be read."""
     try:
         config = UNet2DConditionModel.load_config(source, subfolder="unet", revision=revision)
     except (OSError, ValueError) as error:

@@ -12,11 +12,13 @@ Colours are in no part of it: the stated ones are checked apart (checker.follows
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
+from PIL import Image
 
 from diffpref.testbed.checker import Reading, follows, read
+from diffpref.testbed.world import IMAGE_SIZE
 
 PREFERRED_POINT = (22.0, 22.0)
 """Pixels from the left and the top; the base model's objects centre around (32, 32)."""
@@ -70,6 +72,16 @@ def reward_parts(images: np.ndarray, prompts: list[str]) -> dict[str, np.ndarray
 def reward(images: np.ndarray, prompts: list[str]) -> np.ndarray:
     """The primary reward, float64 (N,) in [0, 6]."""
     return total(reward_parts(images, prompts))
+
+
+def reward_of_pictures(images: Sequence[Image.Image] | np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """The primary reward as a scorer, of arrays or of pictures as they were decoded. Raises ValueError for another size."""
+    sizes = {np.asarray(image).shape for image in images}
+    if sizes - {(IMAGE_SIZE, IMAGE_SIZE, 3)}:
+        raise ValueError(
+            f"scorer testbed reads RGB pictures of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, not {sorted(sizes)[0]}; use another scorer"
+        )
+    return reward(np.stack([np.asarray(image) for image in images]), list(prompts))
 
 
 def total(parts: Mapping[str, np.ndarray], weights: Mapping[str, float] = WEIGHTS) -> np.ndarray:

@@ -219,14 +219,75 @@ def test_every_setting_has_a_text() -> None:
     assert [f.name for f in dataclasses.fields(TrainConfig) if not field_docs(TrainConfig).get(f.name)] == []
 
 
-UNION = """pretrained_model_name_or_path pretrained_vae_model_name_or_path revision variant unet_init dataset_name dataset_config_name
-split dataset_split_name train_data_dir cache_dir image_column caption_column max_train_samples dreamlike_pairs_only choice_model
-proportion_empty_prompts resolution random_crop no_hflip vae_encode_batch_size output_dir logging_dir seed train_batch_size
-num_train_epochs max_train_steps gradient_accumulation_steps gradient_checkpointing learning_rate scale_lr lr_scheduler lr_warmup_steps
-lr_num_cycles lr_power use_adafactor use_8bit_adam adam_beta1 adam_beta2 adam_weight_decay adam_epsilon max_grad_norm allow_tf32
-mixed_precision prior_generation_precision dataloader_num_workers checkpointing_steps checkpoints_total_limit resume_from_checkpoint
-hard_skip_resume run_validation validation_steps report_to tracker_project_name tracker_name push_to_hub hub_token hub_model_id local_rank
-enable_xformers_memory_efficient_attention rank beta_dpo sft sdxl is_turbo input_perturbation noise_offset""".split()
+UNION = [
+    "pretrained_model_name_or_path",
+    "pretrained_vae_model_name_or_path",
+    "revision",
+    "variant",
+    "unet_init",
+    "dataset_name",
+    "dataset_config_name",
+    "split",
+    "dataset_split_name",
+    "train_data_dir",
+    "cache_dir",
+    "image_column",
+    "caption_column",
+    "max_train_samples",
+    "dreamlike_pairs_only",
+    "choice_model",
+    "proportion_empty_prompts",
+    "resolution",
+    "random_crop",
+    "no_hflip",
+    "vae_encode_batch_size",
+    "output_dir",
+    "logging_dir",
+    "seed",
+    "train_batch_size",
+    "num_train_epochs",
+    "max_train_steps",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "learning_rate",
+    "scale_lr",
+    "lr_scheduler",
+    "lr_warmup_steps",
+    "lr_num_cycles",
+    "lr_power",
+    "use_adafactor",
+    "use_8bit_adam",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_weight_decay",
+    "adam_epsilon",
+    "max_grad_norm",
+    "allow_tf32",
+    "mixed_precision",
+    "prior_generation_precision",
+    "dataloader_num_workers",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "resume_from_checkpoint",
+    "hard_skip_resume",
+    "run_validation",
+    "validation_steps",
+    "report_to",
+    "tracker_project_name",
+    "tracker_name",
+    "push_to_hub",
+    "hub_token",
+    "hub_model_id",
+    "local_rank",
+    "enable_xformers_memory_efficient_attention",
+    "rank",
+    "beta_dpo",
+    "sft",
+    "sdxl",
+    "is_turbo",
+    "input_perturbation",
+    "noise_offset",
+]
 """Every flag of the three scripts, but for loss_type, which is the method's."""
 
 

@@ -1,0 +1,159 @@
+"""Pictures of a model, scored and paired: N per prompt, every one judged by every scorer, stored in the Pick-a-Pic schema."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from diffpref.core.random import uniform
+from diffpref.data.images import decode_image
+from diffpref.evaluation.generate import Images
+from diffpref.labelling.combine import RULES, Picked, pick_pairs, ranks
+from diffpref.labelling.shards import missing_shards, picture_uid, shard_path, write_table, write_text
+
+Score = Callable[[Any, Sequence[str]], Any]
+"""(uint8 pictures (N, H, W, 3) or a list of N RGB pictures, N prompts) -> N scores."""
+Draw = Callable[[Sequence[str], Sequence[int]], Images]
+
+
+def encoded(image: np.ndarray, image_format: str) -> bytes:
+    """A picture uint8 (H, W, 3) as the bytes of a file; jpeg in quality 95 without chroma subsampling."""
+    buffer = io.BytesIO()
+    options: dict[str, Any] = {"quality": 95, "subsampling": 0} if image_format == "jpeg" else {}
+    Image.fromarray(image).save(buffer, image_format.upper(), **options)
+    return buffer.getvalue()
+
+
+def score_shards(
+    folder: Path,
+    prompts: Sequence[str],
+    num_images: int,
+    shard_size: int,
+    seed: int,
+    draw: Draw,
+    scorers: Mapping[str, Score],
+    image_format: str,
+    rank: int = 0,
+    world: int = 1,
+) -> None:
+    """Write scored-<n>.parquet for this rank's shards: prompt, images (files), one list of scores per scorer.
+
+    Picture k of prompt i starts from the seed (seed, i, k) alone, so that shards can be made in any order and by any rank.
+    """
+    count = -(-len(prompts) // shard_size)
+    for number in missing_shards(folder, "scored", count, rank, world):
+        rows = range(number * shard_size, min((number + 1) * shard_size, len(prompts)))
+        texts = [prompts[i] for i in rows for _ in range(num_images)]
+        seeds = [picture_seed(seed, i, k) for i in rows for k in range(num_images)]
+        files = [encoded(image, image_format) for image in draw(texts, seeds)]
+        images = np.stack([np.asarray(decode_image(data)) for data in files])  # as training will see them
+
+        def grouped(values: Sequence[Any]) -> list[list[Any]]:
+            return [list(values[i : i + num_images]) for i in range(0, len(values), num_images)]
+
+        scores = {name: grouped(np.asarray(score(images, texts), dtype=np.float64).tolist()) for name, score in scorers.items()}
+        columns: dict[str, Any] = {
+            "prompt": [prompts[i] for i in rows],
+            "images": pa.array(grouped(files), pa.list_(pa.binary())),
+            **scores,
+        }
+        write_table(shard_path(folder, "scored", number), pa.table(columns))
+
+
+def picture_seed(seed: int, prompt: int, picture: int) -> int:
+    """The generation seed of a picture."""
+    return int(uniform(seed, "picture", prompt, picture) * 2**31)
+
+
+def pair_up(
+    folder: Path, num_shards: int, names: Sequence[str], rule: str, which: str, min_margin: float, seed: int, model: str
+) -> dict[str, Any]:
+    """Turn the scored shards into train-<n>.parquet; returns and stores what the set is like (label_report.json).
+
+    which: best_worst, all or ranked (one row per prompt with all pictures and their ranks). Raises ValueError when no pair is
+    decided.
+    """
+    scored = [pq.read_table(shard_path(folder, "scored", n), columns=["prompt", *names]) for n in range(num_shards)]
+    whole = pa.concat_tables(scored)
+    scores = {name: np.array(whole.column(name).to_pylist(), dtype=np.float64) for name in names}
+    verdicts = RULES[rule](scores)
+    pairs, undecided = pick_pairs(verdicts, "all" if which == "all" else "best_worst", min_margin)
+    if not pairs:
+        raise ValueError(
+            f"none of {undecided} pairs is decided by rule {rule!r} with min_margin {min_margin}; lower min_margin or use another rule"
+        )
+    first = 0
+    for number, table in enumerate(scored):
+        chosen = [p for p in pairs if first <= p.group < first + len(table)]
+        stored = pq.read_table(shard_path(folder, "scored", number))
+        if which == "ranked":
+            rows = ranked_table(stored, ranks(verdicts)[first : first + len(table)], names)
+        else:
+            rows = pair_table(stored, chosen, first, names, seed, model)
+        write_table(shard_path(folder, "train", number), rows)
+        first += len(table)
+    report = {
+        "prompts": len(whole),
+        "pictures_per_prompt": int(verdicts.shape[1]),
+        "pairs": len(pairs) if which != "ranked" else None,
+        "undecided": undecided,
+        "rule": rule,
+        "mean_margin": float(np.mean([p.margin for p in pairs])),
+        "scores": {name: {"mean": float(x.mean()), "sd": float(x.std())} for name, x in scores.items()},
+        "agreement_between_scorers": agreement(scores),
+    }
+    write_text(folder / "label_report.json", json.dumps(report, indent=1))
+    return report
+
+
+def agreement(scores: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Share of a prompt's picture pairs that two scorers order alike, for every two of them."""
+    names = list(scores)
+    signs = {name: np.sign(x[:, :, None] - x[:, None, :]) for name, x in scores.items()}
+    above = np.triu_indices(next(iter(scores.values())).shape[1], 1)
+    return {
+        f"{a} and {b}": float((signs[a][:, above[0], above[1]] == signs[b][:, above[0], above[1]]).mean())
+        for i, a in enumerate(names)
+        for b in names[i + 1 :]
+    }
+
+
+def pair_table(stored: pa.Table, pairs: Sequence[Picked], first: int, names: Sequence[str], seed: int, model: str) -> pa.Table:
+    """Rows in the Pick-a-Pic schema, image 0 and 1 in random order, with <scorer>_0 and <scorer>_1."""
+    swapped = [uniform(seed, "order_of_pair", p.group, p.better, p.worse) < 0.5 for p in pairs]
+    order = [(p.worse, p.better) if swap else (p.better, p.worse) for p, swap in zip(pairs, swapped, strict=True)]
+    local = [p.group - first for p in pairs]
+    images: Any = stored.column("images").to_pylist()
+    files = [[images[g][pair[k]] for g, pair in zip(local, order, strict=True)] for k in (0, 1)]
+    labels = [[float((k == 0) != swap) for swap in swapped] for k in (0, 1)]
+    prompts = stored.column("prompt").to_pylist()
+    table: dict[str, Any] = {"caption": [prompts[g] for g in local]}
+    for k in (0, 1):
+        table |= {
+            f"jpg_{k}": pa.array(files[k], pa.binary()),
+            f"label_{k}": pa.array(labels[k], pa.float64()),
+            f"image_{k}_uid": [picture_uid(data) for data in files[k]],
+            f"model_{k}": [model] * len(pairs),
+        }
+        for name in names:
+            values: Any = stored.column(name).to_pylist()
+            table[f"{name}_{k}"] = pa.array([values[g][pair[k]] for g, pair in zip(local, order, strict=True)], pa.float64())
+    table["margin"] = pa.array([p.margin for p in pairs], pa.float64())
+    table["ranking_id"] = pa.array([p.group for p in pairs], pa.int64())
+    return pa.table(table)
+
+
+def ranked_table(stored: pa.Table, found: np.ndarray, names: Sequence[str]) -> pa.Table:
+    """One row per prompt: prompt, images, rank (1 = best) and the scores, as lists."""
+    columns: dict[str, Any] = {"prompt": stored.column("prompt"), "images": stored.column("images")}
+    columns["rank"] = pa.array([row.tolist() for row in found], pa.list_(pa.int64()))
+    columns |= {name: stored.column(name) for name in names}
+    return pa.table(columns)

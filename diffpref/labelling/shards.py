@@ -1,0 +1,69 @@
+"""Work in numbered shards: each is written complete or not at all, finished ones are not done again, ranks share them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+SETTINGS_FILE = "label_settings.json"
+
+
+def claim_folder(folder: Path, settings: Mapping[str, Any], is_main: bool) -> None:
+    """Make the output folder this work's own. Raises ValueError when it holds something else, or work with other settings."""
+    stored = folder / SETTINGS_FILE
+    if stored.exists():
+        before = json.loads(stored.read_text())
+        differing = [f"{n}: {before.get(n)} -> {settings.get(n)}" for n in {**before, **settings} if before.get(n) != settings.get(n)]
+        if differing:
+            raise ValueError(
+                f"output_dir {str(folder)!r} holds pairs made with other settings ({'; '.join(differing)}); choose another output_dir"
+            )
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"output_dir {str(folder)!r} is not empty and holds no pairs of this command; choose another output_dir")
+    if is_main:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(stored, json.dumps(settings, indent=1))
+        except OSError as error:
+            raise ValueError(f"output_dir {str(folder)!r} cannot be written ({error.strerror}); choose another output_dir") from error
+
+
+def shard_path(folder: Path, kind: str, number: int) -> Path:
+    """<folder>/<kind>-00000.parquet."""
+    return folder / f"{kind}-{number:05d}.parquet"
+
+
+def missing_shards(folder: Path, kind: str, count: int, rank: int, world: int) -> Iterator[int]:
+    """The numbers of this rank's shards that are not there yet."""
+    for number in range(rank, count, world):
+        if not shard_path(folder, kind, number).exists():
+            yield number
+
+
+def write_table(path: Path, table: pa.Table) -> None:
+    """Write a parquet file complete or not at all."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        pq.write_table(table, hidden, compression="zstd")
+        hidden.replace(path)
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file complete or not at all."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    hidden.write_text(text, encoding="utf-8")
+    hidden.replace(path)
+
+
+def picture_uid(data: bytes) -> str:
+    """Name of a picture: a hash of its file."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
