@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "users": {"core", "locations"},
     "sources": {"core", "paths", "data"},
     "evaluation": {"core", "data", "locations"},
-    "inference": {"core", "paths", "models", "users", "scorers", "evaluation", "locations"},
+    "inference": {"core", "data", "paths", "models", "users", "scorers", "evaluation", "locations"},
     "labelling": {"core", "data", "evaluation", "inference", "locations"},
     "training": LIBRARY - {"testbed"},
     "testbed": LIBRARY,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,25 @@ from diffpref.core.random import generator, normal
 
 Images = np.ndarray
 """uint8 (N, H, W, 3)."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """What is drawn, and how."""
+
+    prompts: list[str]
+    pictures_per_prompt: int
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    batch_size: int
+    size: tuple[int, int] | None = None  # (height, width)
+
+    @property
+    def seeds(self) -> np.ndarray:
+        """(P, S): every picture has a seed of its own, the same for all models."""
+        grid = np.arange(len(self.prompts) * self.pictures_per_prompt, dtype=np.int64)
+        return self.seed + grid.reshape(len(self.prompts), self.pictures_per_prompt)
 
 
 def starting_latents(seeds: Sequence[int], shape: Sequence[int]) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from statistics import NormalDist
 
 import numpy as np
@@ -80,6 +81,24 @@ def paired_bootstrap(
         block[:] = differences[picks].mean(axis=1)
     low, high = np.quantile(means, [tail, 1 - tail])
     return float(differences.mean()), float(low), float(high)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Exact two-sided p-value of `wins` against `losses` when both are equally likely; ties are left out. 1 without any."""
+    n = wins + losses
+    if n == 0:
+        return 1.0
+    tail = sum(math.comb(n, k) for k in range(max(wins, losses), n + 1))
+    return min(1.0, float(Fraction(2 * tail, 2**n)))
+
+
+def holm(p_values: Mapping[str, float]) -> dict[str, float]:
+    """Holm's step-down correction: p-values that hold for all comparisons together at the usual thresholds."""
+    adjusted, highest = {}, 0.0
+    for rank, (name, p) in enumerate(sorted(p_values.items(), key=lambda item: item[1])):
+        highest = max(highest, min(1.0, (len(p_values) - rank) * p))
+        adjusted[name] = highest
+    return {name: adjusted[name] for name in p_values}
 
 
 def best_of_n_mean(base_scores: np.ndarray, n: int) -> float:

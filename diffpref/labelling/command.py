@@ -15,10 +15,12 @@ from accelerate import PartialState
 
 from diffpref.data.pairs import load_pairs
 from diffpref.evaluation.generate import Images, generate
+from diffpref.evaluation.work import claim_folder
 from diffpref.inference.sample import DTYPES, SampleConfig, load, read_prompts
 from diffpref.labelling.pairs import Score, pair_up, score_shards
 from diffpref.labelling.relabel import score_pairs, write_labels
-from diffpref.labelling.shards import claim_folder
+
+SETTINGS_FILE = "label_settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +99,7 @@ def label(config: LabelConfig, scorers: Mapping[str, Score]) -> int:
     folder = Path(config.output_dir)
     settings = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items()}
     hidden = {"output_dir", "batch_size", "cache_dir"}
-    claim_folder(folder, {name: v for name, v in settings.items() if name not in hidden}, state.is_main_process)
+    claim_folder(folder, SETTINGS_FILE, {name: v for name, v in settings.items() if name not in hidden}, state.is_main_process)
     state.wait_for_everyone()
     work = _make if config.prompts or config.prompt_file else _relabel
     report = work(config, scorers, folder, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -16,8 +17,8 @@ from PIL import Image
 from diffpref.core.random import uniform
 from diffpref.data.images import decode_image
 from diffpref.evaluation.generate import Images
+from diffpref.evaluation.work import missing_shards, shard_path, write_table, write_text
 from diffpref.labelling.combine import RULES, Picked, pick_pairs, ranks
-from diffpref.labelling.shards import missing_shards, picture_uid, shard_path, write_table, write_text
 
 Score = Callable[[Any, Sequence[str]], Any]
 """(uint8 pictures (N, H, W, 3) or a list of N RGB pictures, N prompts) -> N scores."""
@@ -30,6 +31,11 @@ def encoded(image: np.ndarray, image_format: str) -> bytes:
     options: dict[str, Any] = {"quality": 95, "subsampling": 0} if image_format == "jpeg" else {}
     Image.fromarray(image).save(buffer, image_format.upper(), **options)
     return buffer.getvalue()
+
+
+def picture_uid(data: bytes) -> str:
+    """Name of a picture: a hash of its file."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
 def score_shards(

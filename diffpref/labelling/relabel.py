@@ -17,9 +17,9 @@ from PIL import Image
 from diffpref.data.images import ImageError, decode_image
 from diffpref.data.pairs import PairDataset
 from diffpref.data.schema import PairRow
+from diffpref.evaluation.work import missing_shards, shard_path, write_table, write_text
 from diffpref.labelling.combine import RULES
 from diffpref.labelling.pairs import Score, agreement
-from diffpref.labelling.shards import missing_shards, shard_path, write_table, write_text
 
 
 def score_pairs(

@@ -1,8 +1,7 @@
-"""Work in numbered shards: each is written complete or not at all, finished ones are not done again, ranks share them."""
+"""Long work that may be interrupted: a folder with its settings, numbered shards, files written complete or not at all."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -12,21 +11,22 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SETTINGS_FILE = "label_settings.json"
 
+def claim_folder(folder: Path, name: str, settings: Mapping[str, Any], is_main: bool) -> None:
+    """Make an output folder this work's own, with its settings in the file `name`.
 
-def claim_folder(folder: Path, settings: Mapping[str, Any], is_main: bool) -> None:
-    """Make the output folder this work's own. Raises ValueError when it holds something else, or work with other settings."""
-    stored = folder / SETTINGS_FILE
+    Raises ValueError when the folder holds something else, or the same kind of work with other settings.
+    """
+    stored = folder / name
     if stored.exists():
         before = json.loads(stored.read_text())
         differing = [f"{n}: {before.get(n)} -> {settings.get(n)}" for n in {**before, **settings} if before.get(n) != settings.get(n)]
         if differing:
             raise ValueError(
-                f"output_dir {str(folder)!r} holds pairs made with other settings ({'; '.join(differing)}); choose another output_dir"
+                f"output_dir {str(folder)!r} was begun with other settings ({'; '.join(differing)}); choose another output_dir"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ValueError(f"output_dir {str(folder)!r} is not empty and holds no pairs of this command; choose another output_dir")
+        raise ValueError(f"output_dir {str(folder)!r} is not empty and was not begun by this command; choose another output_dir")
     if is_main:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -57,13 +57,16 @@ def write_table(path: Path, table: pa.Table) -> None:
         hidden.unlink(missing_ok=True)
 
 
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file complete or not at all."""
+    hidden = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        hidden.write_bytes(data)
+        hidden.replace(path)
+    finally:
+        hidden.unlink(missing_ok=True)
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file complete or not at all."""
-    hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    hidden.write_text(text, encoding="utf-8")
-    hidden.replace(path)
-
-
-def picture_uid(data: bytes) -> str:
-    """Name of a picture: a hash of its file."""
-    return hashlib.blake2b(data, digest_size=16).hexdigest()
+    write_bytes(path, text.encode())
