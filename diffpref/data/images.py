@@ -20,6 +20,8 @@ from torch import Tensor
 FORMATS = ("JPEG", "PNG", "WEBP")
 
 _PNG_END = b"IEND\xaeB`\x82"
+_PNG_TEXTS = (b"eXIf", b"tEXt", b"zTXt", b"iTXt")  # chunks that can hold an orientation
+_ORIENTATION, _TURNED = 0x0112, (5, 6, 7, 8)  # EXIF tag, and its values that swap width and height
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 
 # `warnings.catch_warnings` changes the filters of the whole process, so threads that open images take turns.
@@ -59,19 +61,40 @@ def decode_image(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> Image.Ima
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, accepted: False. With it truncated images would pass as grey areas; "
             "remove the line that sets it (some packages do so on import)."
         )
-    if not data:
-        raise ImageError("empty: 0 bytes")
-    if len(data) > limits.max_bytes:
-        raise ImageError(f"file too large: {len(data)} bytes, at most {limits.max_bytes}")
-    with _open(data) as image:
+    with _open(data, limits) as image:
         _check_header(image, limits)
         if not _is_complete(data, str(image.format)):
             raise ImageError(f"truncated: the end of the {image.format} file is missing")
         return _decode(image)
 
 
-def _open(data: bytes) -> Image.Image:
+def image_size(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, int]:
+    """(height, width) that `decode_image` would give, in pixels and after EXIF rotation, from the header alone.
+
+    Only a PNG that keeps metadata behind its pixels has to be decoded. Damage behind the header goes unnoticed.
+
+    Raises:
+        ImageError: the header is not that of an accepted image within `limits`.
+    """
+    with _open(data, limits) as image:
+        _check_header(image, limits)
+        if image.format == "PNG" and any(data.find(kind, data.find(b"IDAT")) >= 0 for kind in _PNG_TEXTS):
+            width, height = _decode(image).size
+            return height, width
+        try:
+            orientation = Image.Image.getexif(image).get(_ORIENTATION)  # the method of PNG files would decode the pixels
+        except Exception as error:
+            raise ImageError(f"cannot be decoded: {error}") from error
+        width, height = image.size
+        return (width, height) if orientation in _TURNED else (height, width)
+
+
+def _open(data: bytes, limits: ImageLimits) -> Image.Image:
     """Read the header only. Everything Pillow raises on hostile bytes becomes an ImageError."""
+    if not data:
+        raise ImageError("empty: 0 bytes")
+    if len(data) > limits.max_bytes:
+        raise ImageError(f"file too large: {len(data)} bytes, at most {limits.max_bytes}")
     with _open_lock, warnings.catch_warnings():
         warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
@@ -142,42 +165,49 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
 
 
 def prepare_pair(
-    image_0: Image.Image, image_1: Image.Image, resolution: int, crop: tuple[float, float] | None = None, flip: bool = False
+    image_0: Image.Image,
+    image_1: Image.Image,
+    size: tuple[int, int],
+    crop: tuple[float, float] | None = None,
+    flips: tuple[bool, bool] = (False, False),
 ) -> tuple[Tensor, Tensor]:
-    """Bring two RGB images to one square size with one shared flip and crop.
+    """Bring two RGB images to one `size` (height H, width W) with one shared crop.
 
-    The short side is resized to `resolution` R (bilinear, antialiased), then an R x R window is cut out. `crop` None takes
-    the centre; (top, left), each in [0, 1), places the window at these fractions of each image's own slack. `flip` mirrors
-    left and right before cropping, so that the offsets describe the image as it is shown. An R x R image passes untouched.
+    Each image is resized (bilinear, antialiased) until it just covers H x W, then an H x W window is cut out. `crop` None takes
+    the centre; (top, left), each in [0, 1), places the window at these fractions of each image's own slack. `flips` mirror the
+    images left and right before cropping, so that the offsets describe an image as it is shown. An H x W image passes untouched.
 
-    Returns pixels (2, 3, R, R) float32 in [-1, 1] and time_ids (2, 6) float32: original height and width, crop top and left
-    in pixels of the resized image, R, R.
+    Returns pixels (2, 3, H, W) float32 in [-1, 1] and time_ids (2, 6) float32: original height and width, crop top and left
+    in pixels of the resized image, H, W.
 
     Raises:
-        ValueError: `resolution` or `crop` is out of range.
+        ValueError: `size` or `crop` is out of range.
     """
-    if resolution < 1:
-        raise ValueError(f"resolution is {resolution}, accepted: a whole number of pixels from 1, for example 512")
+    if min(size) < 1:
+        raise ValueError(f"size is {size[0]} x {size[1]}, accepted: whole numbers of pixels from 1, for example 512 x 512")
     if crop is not None and not all(0 <= fraction < 1 for fraction in crop):
         raise ValueError(f"crop is {crop}, accepted: None for the centre, or (top, left) with both in [0, 1)")
-    prepared = [_prepare(image, resolution, crop, flip) for image in (image_0, image_1)]
+    prepared = [_prepare(image, size, crop, flip) for image, flip in zip((image_0, image_1), flips, strict=True)]
     pixels, time_ids = zip(*prepared, strict=True)
     return torch.stack(pixels), torch.stack(time_ids)
 
 
-def _prepare(image: Image.Image, resolution: int, crop: tuple[float, float] | None, flip: bool) -> tuple[Tensor, Tensor]:
+def _prepare(image: Image.Image, size: tuple[int, int], crop: tuple[float, float] | None, flip: bool) -> tuple[Tensor, Tensor]:
     width, height = image.size
-    short = min(width, height)
-    resized_width, resized_height = resolution * width // short, resolution * height // short
-    top, left = _offset(resized_height - resolution, crop, 0), _offset(resized_width - resolution, crop, 1)
+    target_height, target_width = size
+    if width * target_height >= height * target_width:  # relatively wider than the target: its height decides
+        resized_height, resized_width = target_height, target_height * width // height
+    else:
+        resized_height, resized_width = target_width * height // width, target_width
+    top, left = _offset(resized_height - target_height, crop, 0), _offset(resized_width - target_width, crop, 1)
     if flip:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     # Resizing only the window gives the same pixels as resizing everything, without the memory that a 16384 x 1 image would take.
     scale_x, scale_y = width / resized_width, height / resized_height
-    box = (left * scale_x, top * scale_y, min(width, (left + resolution) * scale_x), min(height, (top + resolution) * scale_y))
-    window = image.resize((resolution, resolution), Image.Resampling.BILINEAR, box=box)
+    right, bottom = min(width, (left + target_width) * scale_x), min(height, (top + target_height) * scale_y)
+    window = image.resize((target_width, target_height), Image.Resampling.BILINEAR, box=(left * scale_x, top * scale_y, right, bottom))
     pixels = torch.from_numpy(np.array(window)).permute(2, 0, 1).contiguous().float() / 127.5 - 1
-    time_ids = torch.tensor([height, width, top, left, resolution, resolution], dtype=torch.float32)
+    time_ids = torch.tensor([height, width, top, left, target_height, target_width], dtype=torch.float32)
     return pixels, time_ids
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from diffpref.core.random import uniform
+from diffpref.data.buckets import Buckets, Shape
 from diffpref.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, decode_image, prepare_pair
 from diffpref.data.pairs import PairDataset
 from diffpref.data.sampler import Item
@@ -29,19 +30,26 @@ class PairPixels(Dataset[Sample]):
 
     pairs: PairDataset
     resolution: int
-    """Side of the square images in pixels."""
+    """Side of the square images in pixels, and of the square bucket."""
     seed: int = 0
     flip_probability: float = 0.0
-    """Share of pairs that are mirrored, drawn anew at each visit; both images of a pair together."""
+    """Probability that an image is mirrored, drawn anew at each visit."""
     random_crop: bool = False
-    """Cut the square at a random place, shared by the pair, instead of the centre."""
+    """Cut the window at a random place, shared by the pair, instead of the centre."""
     limits: ImageLimits = DEFAULT_LIMITS
+    flip_mode: Literal["shared", "independent"] = "shared"
+    """Mirror both images of a pair together, or each by a draw of its own."""
+    buckets: Buckets | None = None
+    """Shape of each pair; all are square without."""
+
+    def __post_init__(self) -> None:
+        assert self.buckets is None or len(self.buckets.of_pair) == len(self.pairs)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, item: Item) -> Sample:
-        """One pair: pixels (2, 3, R, R) float32 in [-1, 1], time_ids (2, 6), and
+        """One pair: pixels (2, 3, H, W) float32 in [-1, 1] in the pair's shape, time_ids (2, 6), and
 
         index, visit, pair_id, prompt, user_id (None if unknown), label = probability in [0.5, 1] that the first image is the
         better one, chosen_first = True if the source had it first too.
@@ -51,11 +59,11 @@ class PairPixels(Dataset[Sample]):
         """
         index, visit = item
         row = self.pairs.row(index)
-        crop, flip = self.draws(row.pair_id, visit)
+        crop, flips = self.draws(index, visit)
         chosen_first = row.p0 >= 0.5
         images = [self._decode(row, "jpg_0", row.image_0), self._decode(row, "jpg_1", row.image_1)]
         chosen, rejected = images if chosen_first else images[::-1]
-        pixels, time_ids = prepare_pair(chosen, rejected, self.resolution, crop, flip)
+        pixels, time_ids = prepare_pair(chosen, rejected, self.shape(index), crop, flips)
         return {
             "index": index,
             "visit": visit,
@@ -68,12 +76,32 @@ class PairPixels(Dataset[Sample]):
             "label": max(row.p0, 1 - row.p0),
         }
 
-    def draws(self, pair_id: str, visit: int) -> tuple[tuple[float, float] | None, bool]:
-        """(crop, flip) of a pair at one visit."""
-        flip = uniform(self.seed, "flip", pair_id, visit) < self.flip_probability
+    def shape(self, index: int) -> Shape:
+        """Height and width to which pair `index` is brought."""
+        if self.buckets is None:
+            return self.resolution, self.resolution
+        return self.buckets.shapes[self.buckets.of_pair[index]]
+
+    def draws(self, index: int, visit: int) -> tuple[tuple[float, float] | None, tuple[bool, bool]]:
+        """(crop, flips of the chosen and of the rejected image) of pair `index` at one visit."""
+        pair_id = self.pairs.pair_ids[index]
+        if self.flip_mode == "shared":
+            flip = uniform(self.seed, "flip", pair_id, visit) < self.flip_probability
+            flips = (flip, flip)
+        else:  # by position in the source, so that a label does not decide what an image looks like
+            first, second = (uniform(self.seed, "flip", pair_id, visit, image) < self.flip_probability for image in (0, 1))
+            flips = (first, second) if self.pairs.p0[index] >= 0.5 else (second, first)
         if not self.random_crop:
-            return None, flip
-        return (uniform(self.seed, "crop_top", pair_id, visit), uniform(self.seed, "crop_left", pair_id, visit)), flip
+            return None, flips
+        return (uniform(self.seed, "crop_top", pair_id, visit), uniform(self.seed, "crop_left", pair_id, visit)), flips
+
+    def chunks(self, indices: Iterable[int], batch_size: int) -> list[list[Item]]:
+        """The pairs at `indices`, each at visit 0, in lists of at most `batch_size` of one shape; in their order without buckets."""
+        by_shape: dict[Shape, list[int]] = {}
+        for index in indices:
+            by_shape.setdefault(self.shape(index), []).append(index)
+        parts = [part[i : i + batch_size] for part in by_shape.values() for i in range(0, len(part), batch_size)]
+        return [[(index, 0) for index in part] for part in parts]
 
     def _decode(self, row: PairRow, column: str, data: bytes) -> Image.Image:
         try:
@@ -83,7 +111,7 @@ class PairPixels(Dataset[Sample]):
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
-    """Stack B samples: pixels (B, 2, 3, R, R), time_ids (B, 2, 6); index, visit, chosen_first, label (B,); the rest as lists."""
+    """Stack B samples of one shape: pixels (B, 2, 3, H, W), time_ids (B, 2, 6); numbers as tensors (B,); the rest as lists."""
     batch: Batch = {name: [sample[name] for sample in samples] for name in samples[0]}
     for name in _TENSORS:
         batch[name] = torch.stack(batch[name])

@@ -1,13 +1,18 @@
 """Which pair is seen when: a pure function of position, so that resuming means knowing one number.
 
-Positions run over an endless concatenation of permutations of all pairs, one per visit (epoch).
+Positions run over an endless concatenation of permutations of all pairs, one per visit (epoch). With buckets each bucket has
+such a sequence of its own, cut into micro-batches; a pass over the data is as many micro-batches of each bucket as bring
+every pair to its next visit, in random order. The last micro-batch of a bucket is filled with the first pairs of the bucket's
+next visit, which the next pass does not repeat: every batch is full and no pair is left out.
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Iterator
 
+import numpy as np
 from torch import Tensor
 
 from diffpref.core.random import permutation
@@ -18,25 +23,24 @@ _CACHED_VISITS = 3  # neighbouring ranks and prefetching workers straddle at mos
 
 
 class PairSampler:
-    """The order of `num_pairs` pairs under `seed`.
+    """The order of `num_pairs` pairs under `seed`; every micro-batch lies in one bucket of `bucket_of_pair` (num_pairs,), if given.
 
     Raises:
         ValueError: `num_pairs` is below 1.
     """
 
-    def __init__(self, num_pairs: int, seed: int) -> None:
+    def __init__(self, num_pairs: int, seed: int, bucket_of_pair: np.ndarray | None = None) -> None:
         if num_pairs < 1:
             raise ValueError(f"num_pairs is {num_pairs}, accepted: 1 or more; give a dataset with at least one pair")
         self.num_pairs = num_pairs
         self.seed = seed
-        self._orders: dict[int, Tensor] = {}
-
-    def at(self, position: int) -> Item:
-        """(index, visit) at `position` >= 0; visit counts how often every pair was seen before."""
-        if position < 0:
-            raise ValueError(f"position is {position}, accepted: 0 or more")
-        visit, offset = divmod(position, self.num_pairs)
-        return int(self._order(visit)[offset]), visit
+        if bucket_of_pair is None:
+            self._streams = [_Stream(np.arange(num_pairs), seed)]
+        else:
+            assert bucket_of_pair.shape == (num_pairs,)
+            self._streams = [_Stream(np.flatnonzero(bucket_of_pair == b), seed, int(b)) for b in np.unique(bucket_of_pair)]
+        self._sizes = np.array([len(stream.members) for stream in self._streams])
+        self._passes: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
 
     def micro_batch(self, step: int, micro_step: int, rank: int, *, batch_size: int, accumulation: int, world_size: int) -> list[Item]:
         """The `batch_size` items of one forward pass of one rank.
@@ -56,7 +60,8 @@ class PairSampler:
                 f"(accumulation {accumulation}), rank in 0..{world_size - 1} (world_size {world_size})"
             )
         number = (step * accumulation + micro_step) * world_size + rank
-        return [self.at(position) for position in range(number * batch_size, (number + 1) * batch_size)]
+        stream, number = self._place(number, batch_size)
+        return [stream.at(position) for position in range(number * batch_size, (number + 1) * batch_size)]
 
     def micro_batches(self, rank: int, *, batch_size: int, accumulation: int, world_size: int, first_step: int = 0) -> Iterator[list[Item]]:
         """All micro-batches of `rank` from optimizer step `first_step` on, without end."""
@@ -64,11 +69,62 @@ class PairSampler:
             for micro_step in range(accumulation):
                 yield self.micro_batch(step, micro_step, rank, batch_size=batch_size, accumulation=accumulation, world_size=world_size)
 
+    def num_micro_batches(self, passes: int, batch_size: int) -> int:
+        """How many micro-batches bring every pair to at least `passes` visits."""
+        return int(self._before(passes, batch_size).sum())
+
+    def _before(self, number: int, batch_size: int) -> np.ndarray:
+        """Micro-batches of each bucket before pass `number`."""
+        return -(-number * self._sizes // batch_size)
+
+    def _place(self, number: int, batch_size: int) -> tuple[_Stream, int]:
+        """The bucket of the global micro-batch `number`, and how many of that bucket are before it."""
+        if len(self._streams) == 1:
+            return self._streams[0], number
+        # Pass p begins at or after p * num_pairs / batch_size, so none after this one can have begun.
+        latest = number * batch_size // self.num_pairs
+        begun = bisect.bisect_right(range(latest + 1), number, key=lambda p: self.num_micro_batches(p, batch_size)) - 1
+        buckets, earlier = self._pass(begun, batch_size)
+        first = self._before(begun, batch_size)
+        offset = number - int(first.sum())
+        bucket = int(buckets[offset])
+        return self._streams[bucket], int(first[bucket] + earlier[offset])
+
+    def _pass(self, number: int, batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+        """For the M micro-batches of a pass: their buckets in random order (M,), how many of the same bucket come earlier (M,)."""
+        found = self._passes.get((number, batch_size))
+        if found is None:
+            counts = self._before(number + 1, batch_size) - self._before(number, batch_size)
+            buckets = np.repeat(np.arange(len(counts)), counts)
+            buckets = buckets[permutation(len(buckets), self.seed, "bucket_order", number).numpy()]
+            earlier = np.empty_like(buckets)
+            for bucket, count in enumerate(counts):
+                earlier[buckets == bucket] = np.arange(count)
+            found = buckets, earlier
+            if len(self._passes) >= _CACHED_VISITS:
+                del self._passes[min(self._passes)]
+            self._passes[number, batch_size] = found
+        return found
+
+
+class _Stream:
+    """The endless sequence of `members`, indices of pairs (n,), under `seed`; `key` names the bucket."""
+
+    def __init__(self, members: np.ndarray, seed: int, *key: int) -> None:
+        self.members = members
+        self._seed, self._key = seed, key
+        self._orders: dict[int, Tensor] = {}
+
+    def at(self, position: int) -> Item:
+        """(index, visit) at `position` >= 0; visit counts how often every member was seen before."""
+        visit, offset = divmod(position, len(self.members))
+        return int(self.members[self._order(visit)[offset]]), visit
+
     def _order(self, visit: int) -> Tensor:
-        """The permutation (num_pairs,) of one visit; the few latest are kept because making one takes time."""
+        """The permutation (n,) of one visit; the few latest are kept because making one takes time."""
         order = self._orders.get(visit)
         if order is None:
-            order = permutation(self.num_pairs, self.seed, "order", visit)
+            order = permutation(len(self.members), self._seed, "order", visit, *self._key)
             if len(self._orders) >= _CACHED_VISITS:
                 del self._orders[min(self._orders)]
             self._orders[visit] = order

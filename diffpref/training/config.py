@@ -209,6 +209,13 @@ class TrainConfig:
         _check_ranges(self)
         if self.cache_latents and self.random_crop:
             raise ValueError("cache_latents is true together with random_crop: a cached latent has one crop; switch one of them off")
+        if self.bucket_step != TrainConfig.bucket_step and not self.aspect_ratio_buckets:
+            raise ValueError(f"bucket_step is {self.bucket_step}, but there are no buckets; add aspect_ratio_buckets or leave it out")
+        if self.aspect_ratio_buckets and self.streaming:
+            raise ValueError(
+                "aspect_ratio_buckets is true together with streaming: the sizes of all pictures must be known at the start; "
+                "switch one of them off"
+            )
         if self.cache_latents and self.dataloader_num_workers:
             raise ValueError(
                 f"dataloader_num_workers is {self.dataloader_num_workers}, but cache_latents decodes nothing while training; drop one"

@@ -17,7 +17,6 @@ from torch.optim.lr_scheduler import LambdaLR
 from diffpref.core.policy import adapter_off, frozen
 from diffpref.core.process import DdpmProcess
 from diffpref.core.types import Predict, PreferenceBatch
-from diffpref.data.loader import PairPixels
 from diffpref.data.sampler import PairSampler
 from diffpref.methods import Method
 from diffpref.models.backbone import Backbone
@@ -26,12 +25,12 @@ from diffpref.paths.forward import ForwardNoising
 from diffpref.training import checkpoint
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import new_accelerator, pairs_per_update
-from diffpref.training.models import check_resolution, load_models
+from diffpref.training.models import load_models
 from diffpref.training.optim import new_optimizer, new_schedule, unwrapped
 from diffpref.training.pairs import load_run_pairs
 from diffpref.training.run_folder import claim, open_folder
 from diffpref.training.run_log import RunLog
-from diffpref.training.sources import held_out_accuracy, new_encoder, new_source
+from diffpref.training.sources import held_out_accuracy, new_encoder, new_pixels, new_sampler, new_source
 from diffpref.training.validation import Validation
 
 
@@ -112,9 +111,11 @@ def prepare_run(config: TrainConfig, method: Method, notes: Sequence[str] = ()) 
         print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
     folder, resume = claim(config, method, accelerator)
     pairs, held_out = load_run_pairs(config, accelerator.is_main_process)
-    config = with_steps(config, len(pairs), accelerator)
     backbone, reference_unet = load_models(config, method, accelerator.device)
-    resolution, denoiser = check_resolution(config, backbone), backbone.denoiser
+    denoiser = backbone.denoiser
+    pixels = new_pixels(config, pairs, backbone, accelerator.is_main_process)
+    sampler = new_sampler(config, pixels)
+    config = with_steps(config, sampler, accelerator)
     trainable = trainable_state(denoiser)
     validation = None
     if config.validation_steps and accelerator.is_main_process:
@@ -128,8 +129,6 @@ def prepare_run(config: TrainConfig, method: Method, notes: Sequence[str] = ()) 
     if method.needs_reference:
         reference = frozen(backbone.predictor, reference_unet) if reference_unet is not None else adapter_off(denoiser, policy)
     encoder = new_encoder(config, backbone, accelerator.device)
-    sampler = PairSampler(len(pairs), config.seed)
-    pixels = PairPixels(pairs, resolution, config.seed, 0.0 if config.no_hflip else 0.5, config.random_crop)
     source = new_source(config, pixels, sampler, encoder, accelerator, first_step)
     open_folder(folder, config, method, pairs, accelerator, backbone, notes)
     log = RunLog(accelerator, folder, config.max_train_steps, pairs_per_update(config, accelerator), first_step)
@@ -155,11 +154,12 @@ def prepare_run(config: TrainConfig, method: Method, notes: Sequence[str] = ()) 
     )
 
 
-def with_steps(config: TrainConfig, num_pairs: int, accelerator: Accelerator) -> TrainConfig:
+def with_steps(config: TrainConfig, sampler: PairSampler, accelerator: Accelerator) -> TrainConfig:
     """Settings whose max_train_steps are num_train_epochs passes over the pairs, if those are given; the last pass is completed."""
     if config.num_train_epochs is None:
         return config
-    steps = math.ceil(config.num_train_epochs * num_pairs / pairs_per_update(config, accelerator))
+    micro_batches = sampler.num_micro_batches(config.num_train_epochs, config.train_batch_size)
+    steps = math.ceil(micro_batches / (config.gradient_accumulation_steps * accelerator.num_processes))
     return dataclasses.replace(config, max_train_steps=steps)
 
 

@@ -42,6 +42,7 @@ _MAY_CHANGE = {
     "check_images",
     "cache_latents",
     "cache_dir",
+    "vae_encode_batch_size",
     "gradient_checkpointing",
     "train_batch_size",
     "gradient_accumulation_steps",
@@ -86,6 +87,8 @@ def compare(stored: Settings, settings: Settings) -> list[str]:
         allowed |= {"max_train_steps", "num_train_epochs"}  # under a constant schedule a longer run begins like the shorter one
     if settings.get("num_train_epochs") is not None:
         allowed.add("max_train_steps")  # follows from the epochs and the data, which are compared themselves
+    if settings.get("aspect_ratio_buckets"):
+        allowed.discard("train_batch_size")  # a micro-batch lies in one bucket, so its size decides which pairs come when
     names = [name for name in {**stored, **settings} if name not in allowed]
     return [f"{n}: {stored.get(n)} -> {settings.get(n)}" for n in names if stored.get(n) != settings.get(n)]
 

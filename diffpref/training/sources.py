@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import sys
 from collections.abc import Iterator
 
 import torch
 from accelerate import Accelerator
 
 from diffpref.core.types import Predict, PreferenceBatch
+from diffpref.data.buckets import Buckets, bucket_shapes, read_sizes
 from diffpref.data.loader import PairPixels
 from diffpref.data.pairs import PairDataset
 from diffpref.data.sampler import PairSampler
@@ -17,6 +20,44 @@ from diffpref.sources.dataset import Encoder, LatentCache, from_disk
 from diffpref.training.config import TrainConfig
 from diffpref.training.models import check_resolution
 from diffpref.training.validation import HeldOut
+
+
+def new_pixels(config: TrainConfig, pairs: PairDataset, backbone: Backbone, say: bool) -> PairPixels:
+    """The training pairs as pixels; with buckets the sizes of all pictures are read, and `say` prints the table of the buckets.
+
+    Raises ValueError when the model cannot take resolution or bucket_step, or a picture has no readable size.
+    """
+    buckets = new_buckets(config, pairs, backbone, say)
+    if buckets and say:
+        print(buckets.table(config.train_batch_size), file=sys.stderr)
+    return PairPixels(
+        pairs,
+        check_resolution(config, backbone),
+        config.seed,
+        flip_probability=0.0 if config.no_hflip else 0.5,
+        random_crop=config.random_crop,
+        flip_mode=config.flip_mode,
+        buckets=buckets,
+    )
+
+
+def new_buckets(config: TrainConfig, pairs: PairDataset, backbone: Backbone, progress: bool) -> Buckets | None:
+    """The aspect-ratio buckets of these pairs, None without aspect_ratio_buckets. Raises ValueError like `new_pixels`."""
+    resolution, factor = check_resolution(config, backbone), backbone.pixel_factor
+    if not config.aspect_ratio_buckets:
+        return None
+    if config.bucket_step % factor:
+        near = math.ceil(config.bucket_step / factor) * factor
+        raise ValueError(
+            f"bucket_step is {config.bucket_step}; this model needs a multiple of {factor} (VAE and UNet down-sampling), for example {near}"
+        )
+    bucket_shapes(resolution, config.bucket_step)  # refuses what cannot work before reading thousands of pictures
+    return Buckets.of_sizes(read_sizes(pairs, progress=progress), resolution, config.bucket_step)
+
+
+def new_sampler(config: TrainConfig, pixels: PairPixels) -> PairSampler:
+    """The order of the training pairs."""
+    return PairSampler(len(pixels), config.seed, pixels.buckets.of_pair if pixels.buckets else None)
 
 
 def new_encoder(config: TrainConfig, backbone: Backbone, device: torch.device) -> Encoder:
@@ -30,7 +71,15 @@ def new_encoder(config: TrainConfig, backbone: Backbone, device: torch.device) -
         seed=config.seed,
         proportion_empty_prompts=config.proportion_empty_prompts,
         prompt_cache={} if config.cache_latents else None,
+        pictures_at_once=pictures_at_once(config),
+        prompts_at_once=config.train_batch_size,
     )
+
+
+def pictures_at_once(config: TrainConfig) -> int:
+    """The most pictures, up to vae_encode_batch_size, that divide those of a micro-batch, so that no part has to be filled up."""
+    pictures = 2 * config.train_batch_size
+    return next(n for n in range(config.vae_encode_batch_size, 0, -1) if pictures % n == 0)
 
 
 def new_source(
@@ -54,6 +103,7 @@ def new_source(
 
 def held_out_accuracy(config: TrainConfig, held_out: PairDataset, backbone: Backbone, reference: Predict, encoder: Encoder) -> HeldOut:
     """Implicit accuracy on the held-out pairs, with their full prompts and without mirroring."""
-    pixels = PairPixels(held_out, check_resolution(config, backbone), config.seed)
+    buckets = new_buckets(config, held_out, backbone, progress=False)
+    pixels = PairPixels(held_out, check_resolution(config, backbone), config.seed, buckets=buckets)
     plain = dataclasses.replace(encoder, proportion_empty_prompts=0.0, prompt_cache={})
     return HeldOut.build(backbone, reference, pixels, plain, config.train_batch_size)

@@ -76,7 +76,7 @@ class HeldOut:
     def build(cls, backbone: Backbone, reference: Predict, pixels: PairPixels, encoder: Encoder, batch_size: int) -> HeldOut:
         """Encode the held-out pairs once; ties have no right answer and are left out."""
         wanted = [i for i, p in enumerate(pixels.pairs.p0) if p != 0.5]
-        chunks = [[(i, 0) for i in wanted[start : start + batch_size]] for start in range(0, len(wanted), batch_size)]
+        chunks = pixels.chunks(wanted, batch_size)
         policy = backbone.predictor(backbone.denoiser)
         return cls(ImplicitReward(policy, reference, backbone.process), list(from_disk(pixels, lambda: chunks, encoder)))
 
