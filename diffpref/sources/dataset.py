@@ -125,12 +125,12 @@ def split(cond: Conditioning) -> list[Conditioning]:
 def join(rows: Sequence[Conditioning]) -> Conditioning:
     """Concatenate every field along the first axis; a field is in all rows or in none."""
     joined: dict[str, Any] = {}
-    for field in fields(Conditioning):
+    for field in fields(rows[0]):
         parts = [getattr(row, field.name) for row in rows]
         present = [part for part in parts if part is not None]
         assert len(present) in (0, len(parts)), f"{field.name} is in {len(present)} of {len(parts)} rows"
         joined[field.name] = torch.cat(present) if present else None
-    return Conditioning(**joined)
+    return replace(rows[0], **joined)
 
 
 def from_disk(pixels: PairPixels, micro_batches: MicroBatches, encoder: Encoder, num_workers: int = 0) -> Iterator[PreferenceBatch]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import struct
 import zlib
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
-from diffpref.data.images import ImageError, ImageLimits, decode_image, prepare_pair
+from diffpref.data.images import ImageError, ImageLimits, decode_image, image_size, prepare_pair
 
 
 def _noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -194,13 +196,46 @@ def test_text_in_a_png_is_harmless(encode: Any) -> None:
     assert decode_image(encode(_noise(4, 4), pnginfo=info)).size == (4, 4)
 
 
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", [None, 1, 3, 6, 8])
+def test_the_size_is_that_of_the_decoded_image(encode: Any, kind: str, orientation: int | None) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation or 1
+    data = encode(_noise(30, 50), kind, **({"exif": exif} if orientation else {}))
+    height, width = image_size(data)
+    assert (width, height) == decode_image(data).size
+    assert (height, width) == ((50, 30) if orientation in (6, 8) else (30, 50))
+
+
+def test_the_size_needs_no_pixels(encode: Any) -> None:
+    cut = {kind: encode(_noise(30, 50), kind)[:800] for kind in ("JPEG", "PNG")}
+    assert [image_size(data) for data in cut.values()] == [(30, 50), (30, 50)]
+
+
+def test_the_orientation_of_a_png_may_come_behind_its_pixels(encode: Any) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encode(_noise(30, 50), exif=exif)
+    start = data.index(b"eXIf") - 4
+    end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+    moved = data[:start] + data[end:-12] + data[start:end] + data[-12:]
+    assert decode_image(moved).size == (30, 50)
+    assert image_size(moved) == (50, 30)
+
+
+def test_a_header_that_is_refused_has_no_size(encode: Any) -> None:
+    for data in (b"", b"no image", encode(1, "GIF"), _png(100_001, 1), encode(1)[:20]):
+        with pytest.raises(ImageError):
+            image_size(data)
+
+
 def _to_bytes(pixels: torch.Tensor) -> np.ndarray:
     return ((pixels + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
 
 
 def test_an_image_of_the_right_size_passes_untouched() -> None:
     first, second = _noise(16, 16, 1), _noise(16, 16, 2)
-    pixels, time_ids = prepare_pair(first, second, 16, crop=(0.99, 0.5))
+    pixels, time_ids = prepare_pair(first, second, (16, 16), crop=(0.99, 0.5))
     assert pixels.shape == (2, 3, 16, 16)
     assert pixels.dtype == torch.float32
     assert np.array_equal(_to_bytes(pixels[0]), np.asarray(first))
@@ -210,20 +245,20 @@ def test_an_image_of_the_right_size_passes_untouched() -> None:
 
 def test_crop_is_shared_as_a_share_of_the_slack() -> None:
     wide, tall = _noise(8, 20, 1), _noise(40, 16, 2)
-    pixels, time_ids = prepare_pair(wide, tall, 8, crop=(0.5, 0.25))
+    pixels, time_ids = prepare_pair(wide, tall, (8, 8), crop=(0.5, 0.25))
     assert time_ids.tolist() == [[8, 20, 0, 3, 8, 8], [40, 16, 6, 0, 8, 8]]
     assert np.array_equal(_to_bytes(pixels[0]), np.asarray(wide)[:, 3:11])
 
 
 def test_random_crops_reach_both_ends() -> None:
     image = _noise(8, 20)
-    lefts = {int(prepare_pair(image, image, 8, crop=(0.0, (i + 0.5) / 26))[1][0, 3]) for i in range(26)}
+    lefts = {int(prepare_pair(image, image, (8, 8), crop=(0.0, (i + 0.5) / 26))[1][0, 3]) for i in range(26)}
     assert lefts == set(range(13))
 
 
 def test_flip_mirrors_what_is_shown_and_its_offsets() -> None:
     image = _noise(8, 21)
-    pixels, time_ids = prepare_pair(image, image, 8, crop=(0.0, 0.0), flip=True)
+    pixels, time_ids = prepare_pair(image, image, (8, 8), crop=(0.0, 0.0), flips=(True, True))
     assert np.array_equal(_to_bytes(pixels[0]), np.asarray(image)[:, ::-1][:, :8])
     assert torch.equal(pixels[0], pixels[1])
     assert time_ids[0, 3] == 0
@@ -234,22 +269,55 @@ def test_equals_resize_then_centre_crop(height: int, width: int) -> None:
     image, size = _noise(height, width), 24
     short = min(height, width)
     resized = image.resize((size * width // short, size * height // short), Image.Resampling.BILINEAR)
-    pixels, time_ids = prepare_pair(image, image, size)
+    pixels, time_ids = prepare_pair(image, image, (size, size))
     top, left = int(time_ids[0, 2]), int(time_ids[0, 3])
     assert (top, left) == (round((resized.height - size) / 2), round((resized.width - size) / 2))
     want = np.asarray(resized).astype(int)[top : top + size, left : left + size]
     assert np.abs(_to_bytes(pixels[0]).astype(int) - want).max() <= 1
 
 
+@pytest.mark.parametrize(("height", "width"), [(90, 33), (30, 120), (24, 16), (7, 300), (200, 1)])
+@pytest.mark.parametrize("size", [(32, 16), (16, 40)])
+@pytest.mark.parametrize("crop", [None, (0.9, 0.3)])
+def test_other_shapes_are_covered_and_cut(height: int, width: int, size: tuple[int, int], crop: tuple[float, float] | None) -> None:
+    image = _noise(height, width)
+    scale = max(Fraction(size[0], height), Fraction(size[1], width))
+    covered = (math.floor(height * scale), math.floor(width * scale))
+    assert size[0] in covered or size[1] in covered
+    slack = covered[0] - size[0], covered[1] - size[1]
+    top, left = (round(slack[i] / 2) if crop is None else int(crop[i] * (slack[i] + 1)) for i in (0, 1))
+    want = np.asarray(image.resize(covered[::-1], Image.Resampling.BILINEAR)).astype(int)[top : top + size[0], left : left + size[1]]
+    pixels, time_ids = prepare_pair(image, image, size, crop)
+    assert pixels.shape == (2, 3, *size)
+    assert time_ids.tolist() == [[height, width, top, left, *size]] * 2
+    assert np.abs(_to_bytes(pixels[0]).astype(int) - want).max() <= 1
+
+
+def test_time_ids_of_a_portrait_and_a_panorama_in_one_bucket() -> None:
+    portrait, panorama = _noise(60, 40), _noise(20, 100)
+    _, time_ids = prepare_pair(portrait, panorama, (24, 32))
+    # 60 x 40 to 48 x 32, 24 rows too many; 20 x 100 to 24 x 120, 88 columns too many
+    assert time_ids.tolist() == [[60, 40, 12, 0, 24, 32], [20, 100, 0, 44, 24, 32]]
+
+
+def test_each_image_has_its_own_flip() -> None:
+    image = _noise(8, 12)
+    plain, _ = prepare_pair(image, image, (8, 12))
+    for flips in ((True, False), (False, True), (True, True)):
+        pixels, _ = prepare_pair(image, image, (8, 12), flips=flips)
+        for got, before, flip in zip(pixels, plain, flips, strict=True):
+            assert torch.equal(got, before.flip(-1) if flip else before)
+
+
 def test_extreme_aspect_needs_little_memory() -> None:
-    pixels, time_ids = prepare_pair(Image.new("RGB", (16_384, 1), "white"), _noise(9, 9), 512)
+    pixels, time_ids = prepare_pair(Image.new("RGB", (16_384, 1), "white"), _noise(9, 9), (512, 512))
     assert pixels[0].min() == 1
     assert time_ids[0].tolist() == [1, 16_384, 0, (16_384 * 512 - 512) / 2, 512, 512]
 
 
 def test_wrong_settings_are_named() -> None:
     image = _noise(8, 8)
-    with pytest.raises(ValueError, match="resolution is 0"):
-        prepare_pair(image, image, 0)
+    with pytest.raises(ValueError, match="size is 8 x 0"):
+        prepare_pair(image, image, (8, 0))
     with pytest.raises(ValueError, match=r"crop is \(0\.5, 1\.0\)"):
-        prepare_pair(image, image, 8, crop=(0.5, 1.0))
+        prepare_pair(image, image, (8, 8), crop=(0.5, 1.0))

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import itertools
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
 
+from diffpref.data.buckets import Buckets
 from diffpref.data.loader import PairPixels, batches
 from diffpref.data.pairs import PairDataset, load_pairs
 from diffpref.data.sampler import PairSampler
@@ -99,3 +103,44 @@ def test_a_damaged_image_is_named(make_columns: Any, num_workers: int) -> None:
 def test_wrong_number_of_workers(pairs: PairDataset) -> None:
     with pytest.raises(ValueError, match="num_workers is -1"):
         next(batches(PairPixels(pairs, resolution=8), lambda: [], -1))
+
+
+def test_independent_flips_are_drawn_for_each_image(pairs: PairDataset) -> None:
+    plain = PairPixels(pairs, resolution=12)
+    flipping = PairPixels(pairs, resolution=12, flip_probability=0.5, flip_mode="independent")
+    seen = Counter()
+    for index, visit in itertools.product(range(6), range(12)):
+        _, flips = flipping.draws(index, visit)
+        seen[flips] += 1
+        for got, before, flip in zip(flipping[index, visit]["pixels"], plain[index, visit]["pixels"], flips, strict=True):
+            assert torch.equal(got, before.flip(-1) if flip else before)
+    assert len(seen) == 4  # both, none, and each alone
+    assert min(seen.values()) >= 9  # of 72, about 18 each
+    shared = PairPixels(pairs, resolution=12, flip_probability=0.5)
+    assert {shared.draws(index, visit)[1] for index, visit in itertools.product(range(6), range(12))} == {(True, True), (False, False)}
+
+
+def test_a_label_does_not_decide_what_an_image_looks_like(pairs: PairDataset) -> None:
+    turned = replace(pairs, p0=1 - pairs.p0)
+    settings = {"resolution": 8, "flip_probability": 0.5, "flip_mode": "independent", "random_crop": True}
+    differ = 0
+    for index, visit in itertools.product(range(6), range(5)):
+        a, b = PairPixels(pairs, **settings)[index, visit], PairPixels(turned, **settings)[index, visit]
+        assert torch.equal(a["pixels"], b["pixels"].flip(0))
+        assert torch.equal(a["time_ids"], b["time_ids"].flip(0))
+        flips = PairPixels(pairs, **settings).draws(index, visit)[1]
+        differ += flips[0] != flips[1]
+    assert differ > 5
+
+
+def test_a_pair_takes_the_shape_of_its_bucket(pairs: PairDataset) -> None:
+    buckets = Buckets(((16, 8), (8, 8), (8, 16)), np.array([0, 2, 1, 2, 0, 2]), 0, 0)
+    pixels = PairPixels(pairs, resolution=8, buckets=buckets)
+    assert [tuple(pixels[i, 0]["pixels"].shape[-2:]) for i in range(6)] == [(16, 8), (8, 16), (8, 8), (8, 16), (16, 8), (8, 16)]
+    # the images are 12 x 16: in 16 x 8 they become 16 x 21, in 8 x 16 they become 12 x 16
+    assert pixels[0, 0]["time_ids"].tolist() == [[12, 16, 0, 6, 16, 8]] * 2
+    assert pixels[1, 0]["time_ids"].tolist() == [[12, 16, 2, 0, 8, 16]] * 2
+    assert pixels.chunks(range(6), 2) == [[(0, 0), (4, 0)], [(1, 0), (3, 0)], [(5, 0)], [(2, 0)]]
+    assert PairPixels(pairs, resolution=8).chunks([4, 1, 3], 2) == [[(4, 0), (1, 0)], [(3, 0)]]
+    (batch,) = batches(pixels, lambda: [[(1, 0), (3, 0)]])
+    assert batch["pixels"].shape == (2, 2, 3, 8, 16)

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
 from diffpref.core.random import uniform
-from diffpref.core.types import PreferenceBatch
+from diffpref.core.types import Conditioning, PreferenceBatch
+from diffpref.data.buckets import Buckets
 from diffpref.data.loader import PairPixels
 from diffpref.data.pairs import load_pairs
 from diffpref.models.backbone import Backbone, load_backbone
 from diffpref.sources.dataset import Encoder, LatentCache, from_disk, join, split
 
+BUCKETS = Buckets(((48, 16), (32, 32), (24, 40)), np.array([1, 0, 2, 1, 0, 1, 2, 1]), 0, 0)
+IN_BUCKETS = [[(3, 0), (0, 0), (7, 0)], [(2, 0), (6, 1)], [(4, 2), (1, 1)], [(2, 9)], [(5, 1), (3, 2)]]
 ITEMS = [[(3, 0), (0, 0), (7, 0)], [(1, 0), (3, 1)], [(3, 2), (0, 1), (5, 9)]]
 
 
@@ -79,24 +83,60 @@ def test_the_chosen_image_comes_first(pixels: PairPixels, make_encoder: Callable
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_kept_latents_give_the_same_batches(family: str, pixels: PairPixels, make_encoder: Callable[..., Encoder]) -> None:
-    dropping = {"proportion_empty_prompts": 0.3}
-    fresh = list(from_disk(pixels, lambda: ITEMS, make_encoder(family, **dropping)))
-    encoder = make_encoder(family, prompt_cache={}, **dropping)
+@pytest.mark.parametrize("flips", ["none", "shared", "independent"])
+@pytest.mark.parametrize("shaped", [False, True])
+@pytest.mark.parametrize("pictures_at_once", [1, 2, 5, 8])
+def test_kept_latents_give_the_same_batches(
+    family: str, flips: str, shaped: bool, pictures_at_once: int, pixels: PairPixels, make_encoder: Callable[..., Encoder]
+) -> None:
+    pixels = replace(pixels, flip_probability=0.0) if flips == "none" else replace(pixels, flip_mode=flips)
+    pixels, order = (replace(pixels, buckets=BUCKETS), IN_BUCKETS) if shaped else (pixels, ITEMS)
+    settings = {"proportion_empty_prompts": 0.3, "pictures_at_once": pictures_at_once, "prompts_at_once": 3}
+    fresh = list(from_disk(pixels, lambda: order, make_encoder(family, **settings)))
+    encoder = make_encoder(family, prompt_cache={}, **settings)
     cache = LatentCache.build(pixels, encoder, batch_size=3)
-    kept = list(cache.batches(lambda: ITEMS, encoder))
-    assert cache.moments.shape == (8, 2, 2, 2, 4, 8, 8)
-    assert {pixels.draws(pixels.pairs.pair_ids[i], v)[1] for items in ITEMS for i, v in items} == {False, True}
+    kept = list(cache.batches(lambda: order, encoder))
+    seen = {pixels.draws(i, v)[1] for items in order for i, v in items}
+    assert len(seen) >= {"none": 1, "shared": 2, "independent": 3}[flips]
     for a, b in zip(kept, fresh, strict=True):
         assert (a.pair_ids, a.visits) == (b.pair_ids, b.visits)
         for name, x in tensors(a).items():
-            torch.testing.assert_close(x, tensors(b)[name], rtol=1e-5, atol=1e-5)
+            assert torch.equal(x, tensors(b)[name]), name
+    if shaped:
+        assert [tuple(b.latents.shape) for b in kept] == [
+            (3, 2, 4, 8, 8),
+            (2, 2, 4, 6, 10),
+            (2, 2, 4, 12, 4),
+            (1, 2, 4, 6, 10),
+            (2, 2, 4, 8, 8),
+        ]
+
+
+def test_kept_latents_lie_by_shape(pixels: PairPixels, make_encoder: Callable[..., Encoder]) -> None:
+    encoder = make_encoder("sd")
+    plain, shaped = LatentCache.build(pixels, encoder), LatentCache.build(replace(pixels, buckets=BUCKETS), encoder, batch_size=2)
+    assert {shape: tuple(x.shape) for shape, x in plain.moments.items()} == {(32, 32): (8, 2, 2, 2, 4, 8, 8)}
+    assert {shape: tuple(x.shape) for shape, x in shaped.moments.items()} == {
+        (32, 32): (4, 2, 2, 2, 4, 8, 8),
+        (48, 16): (2, 2, 2, 2, 4, 12, 4),
+        (24, 40): (2, 2, 2, 2, 4, 6, 10),
+    }
+
+
+def test_a_mixed_micro_batch_is_no_batch(pixels: PairPixels, make_encoder: Callable[..., Encoder]) -> None:
+    shaped, encoder = replace(pixels, buckets=BUCKETS), make_encoder("sd")
+    for made in (
+        from_disk(shaped, lambda: [[(0, 0), (1, 0)]], encoder),
+        LatentCache.build(shaped, encoder).batches(lambda: [[(0, 0), (1, 0)]], encoder),
+    ):
+        with pytest.raises((RuntimeError, ValueError)):
+            next(made)
 
 
 def test_without_mirroring_one_view_is_kept(pixels: PairPixels, make_encoder: Callable[..., Encoder]) -> None:
     plain, encoder = replace(pixels, flip_probability=0.0), make_encoder("sd")
     cache = LatentCache.build(plain, encoder)
-    assert cache.moments.shape[1] == 1
+    assert {x.shape[1] for x in cache.moments.values()} == {1}
     for a, b in zip(cache.batches(lambda: ITEMS, encoder), from_disk(plain, lambda: ITEMS, encoder), strict=True):
         torch.testing.assert_close(a.latents, b.latents, rtol=1e-5, atol=1e-5)
 
@@ -142,6 +182,99 @@ def test_workers_change_nothing(pixels: PairPixels, make_encoder: Callable[..., 
         assert (a.pair_ids, a.visits) == (b.pair_ids, b.visits)
         for name, x in tensors(a).items():
             assert torch.equal(x, tensors(b)[name]), name
+
+
+def test_the_encoders_see_parts_of_one_size(pixels: PairPixels, make_encoder: Callable[..., Encoder]) -> None:
+    plain, given = make_encoder("sd"), []
+
+    def encode_moments(x: Tensor) -> Tensor:
+        given.append(len(x))
+        return plain.encode_moments(x)
+
+    def encode_prompts(prompts: Sequence[str]) -> Conditioning:
+        given.append(len(prompts))
+        return plain.encode_prompts(prompts)
+
+    watched = replace(plain, encode_moments=encode_moments, encode_prompts=encode_prompts, pictures_at_once=4, prompts_at_once=2)
+    list(from_disk(pixels, lambda: ITEMS[:1], watched))
+    assert given == [4, 4, 2, 2]
+    given.clear()
+    list(LatentCache.build(pixels, watched, batch_size=5).batches(lambda: ITEMS, replace(watched, prompt_cache={})))
+    assert set(given[:-3]) == {4}
+    assert set(given[-3:]) == {2}  # the eight pairs have four prompts
+
+
+def test_what_is_encoded_does_not_depend_on_its_neighbours(pixels: PairPixels, make_encoder: Callable[..., Encoder]) -> None:
+    encoder = make_encoder("sdxl", pictures_at_once=3, prompts_at_once=3)
+    images = torch.cat([pixels[i, 0]["pixels"] for i in range(4)])
+    moments, prompts = encoder.moments(images), ["a", "a red circle", "b", "c"]
+    for i in range(8):
+        assert torch.equal(encoder.moments(images[i : i + 1])[0], moments[i])
+    torch.testing.assert_close(moments, encoder.encode_moments(images), rtol=1e-5, atol=1e-5)
+    for one, row in zip(prompts, encoder.prompt_rows(prompts), strict=True):
+        assert torch.equal(encoder.prompt_rows([one])[0].prompt_embeds, row.prompt_embeds)
+
+
+def test_the_prompt_cache_is_on_the_cpu_and_holds_no_larger_tensor(pixels: PairPixels, make_encoder: Callable[..., Encoder]) -> None:
+    plain = make_encoder("sdxl")
+    meta = replace(plain, prompt_cache={}, proportion_empty_prompts=0.5, prompts_at_once=4)
+    list(from_disk(pixels, lambda: ITEMS, meta))
+    assert meta.prompt_cache is not None
+    assert sorted(meta.prompt_cache) == sorted({pixels.pairs.prompts[i] for items in ITEMS for i, _ in items})
+    for row in (*meta.prompt_cache.values(), meta.null_row):
+        for x in (row.prompt_embeds, row.pooled_prompt_embeds):
+            assert x is not None
+            assert x.device.type == "cpu"
+            assert x.untyped_storage().nbytes() == x.numel() * 4
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_prompt_cache_stays_on_the_cpu(pixels: PairPixels, sdxl_folder: Path) -> None:
+    device = torch.device("cuda")
+    backbone = load_backbone(str(sdxl_folder))
+    backbone.pipeline.to(device)
+    plain = Encoder(
+        backbone.encode_moments, backbone.encode_prompts, backbone.null_prompt(), True, device, seed=4, proportion_empty_prompts=0.4
+    )
+    encoder = replace(plain, prompt_cache={})
+    cache = LatentCache.build(pixels, encoder)
+    for a, b in zip(cache.batches(lambda: ITEMS, encoder), from_disk(pixels, lambda: ITEMS, plain), strict=True):
+        for name, x in tensors(a).items():
+            assert x.device.type == "cuda"
+            assert torch.equal(x, tensors(b)[name]), name
+    assert encoder.prompt_cache is not None
+    assert {row.prompt_embeds.device.type for row in encoder.prompt_cache.values()} == {"cpu"}
+
+
+@dataclass(frozen=True)
+class WithIds(Conditioning):
+    """Conditioning with one more field, as a trained text encoder needs it."""
+
+    input_ids: Tensor | None = None  # (G, K, L) int64
+
+
+def test_further_fields_of_the_conditioning_pass_through(pixels: PairPixels, make_encoder: Callable[..., Encoder]) -> None:
+    plain = make_encoder("sdxl")
+
+    def with_ids(cond: Conditioning, ids: Sequence[int]) -> WithIds:
+        return WithIds(cond.prompt_embeds, cond.pooled_prompt_embeds, None, torch.tensor(ids)[:, None, None].expand(-1, 1, 7))
+
+    def encode_prompts(prompts: Sequence[str]) -> Conditioning:
+        return with_ids(plain.encode_prompts(prompts), [len(p) for p in prompts])
+
+    encoder = replace(plain, encode_prompts=encode_prompts, null_prompt=with_ids(plain.null_prompt, [0]), proportion_empty_prompts=0.4)
+    items, found = [(i, visit) for visit in range(2) for i in range(8)], []
+    for cache in (None, {}):
+        (batch,) = from_disk(pixels, lambda: [items], replace(encoder, prompt_cache=cache))
+        assert isinstance(batch.cond, WithIds)
+        assert batch.cond.input_ids is not None
+        assert batch.cond.input_ids.shape == (16, 2, 7)
+        assert batch.cond.input_ids.dtype == torch.int64
+        assert batch.cond.time_ids is not None
+        found.append(batch.cond.input_ids[:, 1, 3].tolist())
+    dropped = [uniform(4, "empty_prompt", pixels.pairs.pair_ids[i], visit, 0) < 0.4 for i, visit in items]
+    assert found[0] == found[1] == [0 if d else len(pixels.pairs.prompts[i]) for (i, _), d in zip(items, dropped, strict=True)]
+    assert {0, len(pixels.pairs.prompts[0])} <= set(found[0])
 
 
 def test_split_and_join_are_inverse(make_encoder: Callable[..., Encoder]) -> None:
