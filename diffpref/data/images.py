@@ -78,7 +78,7 @@ def image_size(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, 
     """
     with _open(data, limits) as image:
         _check_header(image, limits)
-        if image.format == "PNG" and any(data.find(kind, data.find(b"IDAT")) >= 0 for kind in _PNG_TEXTS):
+        if image.format == "PNG" and _has_late_text(data):
             width, height = _decode(image).size
             return height, width
         try:
@@ -87,6 +87,18 @@ def image_size(data: bytes, limits: ImageLimits = DEFAULT_LIMITS) -> tuple[int, 
             raise ImageError(f"cannot be decoded: {error}") from error
         width, height = image.size
         return (width, height) if orientation in _TURNED else (height, width)
+
+
+def _has_late_text(data: bytes) -> bool:
+    """Whether a PNG has chunks behind its pixels that can hold an orientation."""
+    position, kinds = 8, set()
+    while position + 8 <= len(data):
+        kind = data[position + 4 : position + 8]
+        if kind in _PNG_TEXTS and b"IDAT" in kinds:
+            return True
+        kinds.add(kind)
+        position += 12 + int.from_bytes(data[position : position + 4], "big")
+    return False
 
 
 def _open(data: bytes, limits: ImageLimits) -> Image.Image:
