@@ -99,7 +99,7 @@ def read_measured(folder: Path, model: str, drawing: Drawing) -> Measured:
         return table.column(name).to_numpy().reshape(shape)
 
     names = table.column_names
-    small = np.stack([np.frombuffer(data, np.uint8) for data in table.column("thumbnail").to_pylist()])
+    small = np.stack([np.frombuffer(data or b"", np.uint8) for data in table.column("thumbnail").to_pylist()])
     side = int((small.shape[1] / 3) ** 0.5)
     return Measured(
         {n.removeprefix("score/"): column(n) for n in names if n.startswith("score/")},
