@@ -77,7 +77,8 @@
     byId("count").textContent = `${Math.min(shown, rows.length)} of ${rows.length} prompts`;
     byId("more").hidden = rows.length <= shown;
   };
-  controls.forEach((node) => node.addEventListener("input", () => { shown = page; draw(); }));
+  const redraw = () => { shown = page; draw(); };
+  controls.forEach((node) => ["input", "change"].forEach((event) => node.addEventListener(event, redraw)));
   byId("more").addEventListener("click", () => { shown += page; draw(); });
   draw();
 })();

@@ -29,6 +29,7 @@ _GALLERY_STYLE = """
   border-radius: 4px; padding: 4px 8px; margin-left: 6px; }
 .stage { position: relative; line-height: 0; }
 .stage img { width: 100%; }
+.stage img[src^="data:image/png"] { image-rendering: pixelated; }
 .stage .over { position: absolute; inset: 0; }
 .stage::after { content: ""; position: absolute; top: 0; bottom: 0; left: var(--line, 50%); width: 1px; background: #fff;
   mix-blend-mode: difference; }
@@ -105,7 +106,8 @@ def _scores(report: ModelReport) -> str:
 def _score_row(c: Comparison, trained_on: str | None) -> list[str]:
     clear = c.win_rate_low > 0.5 or c.win_rate_high < 0.5
     rate = f"{parts.percent(c.win_rate)} ({100 * c.win_rate_low:.1f} to {100 * c.win_rate_high:.1f})"
-    difference = parts.toned(c.difference, parts.signed(c.difference))
+    known = c.difference_low > 0 or c.difference_high < 0
+    difference = parts.toned(c.difference, parts.signed(c.difference)) if known else parts.signed(c.difference)
     return [
         html.escape(c.model),
         html.escape(c.scorer) + (" <span class='muted'>(trained on)</span>" if c.scorer == trained_on else ""),
