@@ -73,10 +73,7 @@ class VlmJudge:
         if token and token in prompt:
             raise ValueError(f"vlm_judge: prompt {prompt!r} contains {token}, which stands for a picture; remove it")
         images = [_rgb(image, i) for i, image in enumerate((image_0, image_1))]
-        if self.orders == "both":
-            swaps = [False, True]
-        else:
-            swaps = [uniform(self.seed, "vlm_order", prompt, pair_id) < 0.5]
+        swaps = [False, True] if self.orders == "both" else [uniform(self.seed, "vlm_order", prompt, pair_id) < 0.5]
         first = [self._first_is_better(prompt, images[::-1] if swap else images) for swap in swaps]
         return [1 - p if swap else p for p, swap in zip(first, swaps, strict=True)]
 
@@ -85,8 +82,10 @@ class VlmJudge:
         parts = [_TASK.format(caption=prompt), None, _SECOND, None, _QUESTION]
         content = [{"type": "text", "text": part} if part else {"type": "image"} for part in parts]
         text = self.processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True, tokenize=False)
-        inputs = self.processor(text=[text], images=[list(images)], return_tensors="pt").to(self.model.device, dtype=self.model.dtype)
-        chances = self.model(**inputs).logits[0, -1].float().softmax(-1)
+        start = self.processor.tokenizer.bos_token
+        special = not (start and text.startswith(start))  # most templates write the start token themselves
+        inputs = self.processor(text=[text], images=[list(images)], return_tensors="pt", add_special_tokens=special)
+        chances = self.model(**inputs.to(self.model.device, dtype=self.model.dtype)).logits[0, -1].float().softmax(-1)
         a, b = (float(chances[list(ids)].sum()) for ids in self._letters())
         return a / (a + b) if a + b >= self.min_answer_mass else 0.5
 
@@ -106,14 +105,18 @@ def load_vlm_judge(
     dtype: torch.dtype = torch.float32,
     orders: Literal["both", "random"] = "both",
     seed: int = 0,
+    min_answer_mass: float = 0.5,
 ) -> VlmJudge:
     """A judge from a local folder or a hub id of any image-text-to-text model of transformers with a chat template.
 
     Weights have to be safetensors, and the model's code has to be part of transformers. dtype: of the model; bfloat16 halves
-    the memory. Raises ValueError for models that are missing, broken, or need code from the hub, and for unknown orders.
+    the memory. orders, seed, min_answer_mass: see VlmJudge. Raises ValueError for models that are missing, broken, or need code
+    from the hub, and for values that are not accepted.
     """
     if orders not in ("both", "random"):
         raise ValueError(f"vlm_judge: orders is {orders!r}; accepted: both, random")
+    if not 0 <= min_answer_mass <= 1:
+        raise ValueError(f"vlm_judge: min_answer_mass is {min_answer_mass}; accepted: 0 to 1")
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     folder = _folder(weights)
@@ -128,7 +131,15 @@ def load_vlm_judge(
     if not getattr(processor, "chat_template", None):
         raise ValueError(f"vlm_judge: {weights} has no chat template; use a model that was tuned to answer questions")
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
-    return VlmJudge(name=weights, checksum=sha256(*files), model=model, processor=processor, orders=orders, seed=seed)
+    return VlmJudge(
+        name=weights,
+        checksum=sha256(*files),
+        model=model,
+        processor=processor,
+        orders=orders,
+        seed=seed,
+        min_answer_mass=min_answer_mass,
+    )
 
 
 def _folder(weights: str) -> Path:
