@@ -53,7 +53,7 @@ class Scorer:
     @property
     def record(self) -> dict[str, str]:
         """What has to stand beside every number of this scorer."""
-        return {"scorer": self.name, "version": self.version, "convention": self.convention, "sha256": self.checksum}
+        return {"name": self.name, "version": self.version, "convention": self.convention, "checksum": self.checksum}
 
     @torch.no_grad()
     def __call__(self, images: Sequence[Image.Image] | np.ndarray, prompts: Sequence[str]) -> Tensor:

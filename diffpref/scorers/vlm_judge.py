@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from PIL import Image
@@ -31,7 +31,7 @@ _SECOND, _QUESTION = "Picture B:", "Which picture is better? Answer with the sin
 class VlmJudge:
     """A chat model that takes several pictures, and how it is asked."""
 
-    name: str
+    version: str
     """The folder or hub id of the model."""
     checksum: str
     """SHA-256 of its weight files."""
@@ -44,12 +44,18 @@ class VlmJudge:
     min_answer_mass: float = 0.5
     """Probability that "A" and "B" must have together; below it the model is undecided. Raising it makes more ties."""
 
+    name: ClassVar[str] = "vlm_judge"
+
+    @property
+    def convention(self) -> str:
+        """What a verdict is and depends on."""
+        order = "both orders, disagreement is a tie" if self.orders == "both" else f"one order drawn with seed {self.seed}"
+        return f"P(A) against P(B) of the next token; {order}; undecided below an answer mass of {self.min_answer_mass}"
+
     @property
     def record(self) -> dict[str, str]:
         """What has to stand beside every verdict of this judge."""
-        order = "both orders, disagreement is a tie" if self.orders == "both" else f"one order drawn with seed {self.seed}"
-        convention = f"P(A) against P(B) of the next token; {order}; undecided below an answer mass of {self.min_answer_mass}"
-        return {"scorer": "vlm_judge", "version": self.name, "convention": convention, "sha256": self.checksum}
+        return {"name": self.name, "version": self.version, "convention": self.convention, "checksum": self.checksum}
 
     def __call__(self, prompt: str, image_0: Image.Image, image_1: Image.Image, pair_id: str) -> float:
         """The verdict: 1.0 if image 0 is better, 0.0 if image 1 is, 0.5 for a tie.
@@ -94,7 +100,7 @@ class VlmJudge:
         encode = self.processor.tokenizer.encode
         spelled = [{i[0] for s in (x, f" {x}") if len(i := encode(s, add_special_tokens=False)) == 1} for x in "AB"]
         if not all(spelled) or spelled[0] & spelled[1]:
-            raise ValueError(f"vlm_judge: the tokenizer of {self.name} has no single tokens for the answers A and B; use another model")
+            raise ValueError(f"vlm_judge: the tokenizer of {self.version} has no single tokens for the answers A and B; use another model")
         return sorted(spelled[0]), sorted(spelled[1])
 
 
@@ -132,7 +138,7 @@ def load_vlm_judge(
         raise ValueError(f"vlm_judge: {weights} has no chat template; use a model that was tuned to answer questions")
     model = model.to(device=device, dtype=dtype).eval().requires_grad_(False)
     return VlmJudge(
-        name=weights,
+        version=weights,
         checksum=sha256(*files),
         model=model,
         processor=processor,

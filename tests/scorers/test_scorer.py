@@ -58,11 +58,11 @@ def test_returns_float32_on_the_cpu_and_the_same_every_time(
 @pytest.mark.parametrize("name", NAMES)
 def test_record_names_scorer_version_convention_and_files(name: str, load: Callable[[str], Scorer], released: Released) -> None:
     record = load(name).record
-    assert record.keys() == {"scorer", "version", "convention", "sha256"}
-    assert record["scorer"] == name
+    assert record.keys() == {"name", "version", "convention", "checksum"}
+    assert record["name"] == name
     assert all(record.values())
     weights = [p for p in released(name).iterdir() if p.suffix in {".pt", ".pth", ".bin", ".safetensors"}]
-    assert set(record["sha256"].split("+")) == {sha256(path) for path in weights}
+    assert set(record["checksum"].split("+")) == {sha256(path) for path in weights}
 
 
 @pytest.mark.parametrize("name", NAMES)

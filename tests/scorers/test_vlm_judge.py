@@ -119,7 +119,7 @@ def test_image_order_does_not_matter_when_both_orders_are_asked(judge: VlmJudge)
 def test_loading_twice_gives_the_same_and_the_record_says_how(folder: Path, judge: VlmJudge) -> None:
     again = load_vlm_judge(str(folder), min_answer_mass=0.0)
     assert again.probability("red circle", RED, BLUE, "p") == judge.probability("red circle", RED, BLUE, "p")
-    assert again.record["sha256"] == sha256(folder / "model.safetensors")
+    assert again.record["checksum"] == sha256(folder / "model.safetensors")
     assert again.record["version"] == str(folder)
     assert "both orders" in again.record["convention"]
     assert "seed 7" in replace(again, orders="random", seed=7).record["convention"]
