@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import fields, replace
 
 import torch
 from torch import Tensor, nn
 
-from diffpref.core.types import Conditioning, Evaluation, PathStep, Predict
+from diffpref.core.types import Conditioning, Evaluation, LossOutput, PathStep, Predict
 
 
 @contextmanager
@@ -45,10 +46,127 @@ def frozen(predictor: Callable[[nn.Module], Predict], copy: nn.Module) -> Predic
     return torch.no_grad()(predictor(copy.eval().requires_grad_(False)))
 
 
-def evaluate(steps: Sequence[PathStep], cond: Conditioning, policy: Predict, reference: Predict | None) -> list[Evaluation]:
-    """Ask reference and policy for a prediction at every step; the reference first, while no graph is alive."""
+def stored(policy: Predict, trainable: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Predict:
+    """The policy with other values of its trainable tensors: an earlier checkpoint or a moving average as the reference.
+
+    trainable: the policy's own parameters by name; weights: the values to use, same names and shapes, on the same devices. They
+    are exchanged for the length of a call, so that nothing is copied. Not for sharded models.
+    """
+    assert trainable.keys() == weights.keys(), "stored weights must name exactly the trainable tensors"
+
+    def exchange() -> None:
+        for name, parameter in trainable.items():
+            parameter.data, weights[name].data = weights[name].data, parameter.data
+        torch.clear_autocast_cache()  # it holds casts of the values that are no longer in place
+
+    @torch.no_grad()
+    def predict(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        exchange()
+        try:
+            return policy(x_t, timesteps, cond)
+        finally:
+            exchange()
+
+    return predict
+
+
+@torch.no_grad()
+def blend(weights: Mapping[str, Tensor], trainable: Mapping[str, Tensor], decay: float) -> None:
+    """Move stored weights towards the policy's in place: w <- decay w + (1 - decay) policy.
+
+    decay 0 is a hard copy (a periodically refreshed reference), 1 leaves a frozen reference. Raises ValueError outside [0, 1].
+    """
+    if not 0 <= decay <= 1:
+        raise ValueError(f"decay is {decay}; it lies in [0, 1]: 0 copies the policy, 1 keeps the reference")
+    for name, value in weights.items():
+        value.lerp_(trainable[name].to(value.dtype), 1 - decay)
+
+
+def guided(predict: Predict, null: Conditioning | None, scale: float) -> Predict:
+    """Classifier-free guidance u + scale (c - u) with both halves in one forward; the function itself for a scale of 1.
+
+    null: conditioning of the empty prompt (1, 1, ...), whatever it lacks (time_ids) is taken from the conditional half.
+    Raises ValueError when it is missing.
+    """
+    if scale == 1:
+        return predict
+    if null is None:
+        raise ValueError(f"guidance_scale is {scale}, but there is no null conditioning; give the model's empty prompt, or use 1")
+
+    def guided_predict(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        both = _with_null(null, cond)
+        unconditional, conditional = predict(torch.cat([x_t, x_t]), torch.cat([timesteps, timesteps]), both).chunk(2)
+        return unconditional + scale * (conditional - unconditional)
+
+    return guided_predict
+
+
+def _with_null(null: Conditioning, cond: Conditioning) -> Conditioning:
+    """(2G, K, ...): the null conditioning for every image, then `cond`."""
+    joined = {}
+    for f in fields(cond):
+        given, empty = getattr(cond, f.name), getattr(null, f.name)
+        if given is not None:
+            joined[f.name] = torch.cat([given if empty is None else empty.to(given).expand_as(given), given])
+    return replace(cond, **joined)
+
+
+def evaluate(
+    steps: Sequence[PathStep],
+    cond: Conditioning,
+    policy: Predict,
+    reference: Predict | None,
+    null: Conditioning | None = None,
+    reference_error: Tensor | None = None,
+) -> list[Evaluation]:
+    """Ask reference and policy for a prediction at every step; the reference first, while no graph is alive.
+
+    null: conditioning of the empty prompt (1, 1, ...), for steps with guidance. reference_error: (G, K) of a single step,
+    computed beforehand; the reference is then not asked.
+    """
+    assert reference_error is None or len(steps) == 1, "precomputed errors belong to one step"
     evals = []
     for step in steps:
-        expected = None if reference is None else reference(step.x_t, step.timesteps, cond)
-        evals.append(Evaluation(step, policy(step.x_t, step.timesteps, cond), expected))
+        expected = step.reference
+        if reference is not None and expected is None and reference_error is None:
+            expected = guided(reference, null, step.guidance_scale)(step.x_t, step.timesteps, cond)
+        prediction = guided(policy, null, step.guidance_scale)(step.x_t, step.timesteps, cond)
+        evals.append(Evaluation(step, prediction, expected, reference_error))
     return evals
+
+
+def two_pass_backward(
+    steps: Sequence[PathStep],
+    cond: Conditioning,
+    policy: Predict,
+    reference: Predict | None,
+    loss: Callable[[list[Evaluation]], LossOutput],
+    *,
+    null: Conditioning | None = None,
+    backward: Callable[[Tensor], object] = Tensor.backward,
+    no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> LossOutput:
+    """Gradient of the mean loss over many steps with the activations of one step in memory; exact, for one more forward per step.
+
+    First all predictions without a graph, then the loss on them as leaves, then each step again, where the sum of prediction
+    times the leaf's gradient has the gradient of the whole loss.
+
+    loss: method and guards, from evaluations to their output. backward: called once per step with a scalar (scale it there for
+    accumulation). no_sync: a context around every step but the last, where data parallel processes must not yet average.
+    Returns the loss without gradient.
+    """
+    leaves, evals = [], []
+    for step in steps:
+        with torch.no_grad():
+            (seen,) = evaluate([step], cond, policy, reference, null)
+        leaf = seen.policy.to(torch.promote_types(seen.policy.dtype, torch.float32)).detach().requires_grad_()
+        leaves.append(leaf)
+        evals.append(replace(seen, policy=leaf))
+    torch.clear_autocast_cache()  # casts of the weights made without a graph would cut the gradient of the second pass
+    out = loss(evals)
+    gradients = torch.autograd.grad(out.per_group.mean(), leaves, materialize_grads=True)
+    for i, (step, gradient) in enumerate(zip(steps, gradients, strict=True)):
+        with nullcontext() if i == len(steps) - 1 else no_sync():
+            prediction = guided(policy, null, step.guidance_scale)(step.x_t, step.timesteps, cond)
+            backward((prediction * gradient).sum())
+    return LossOutput(out.per_group.detach(), out.metrics)

@@ -45,6 +45,10 @@ class DdpmProcess:
         """Noise coefficient at int64 timesteps, float64, same shape and device as t."""
         return (1 - self.alphas_cumprod.to(t.device)[t]).sqrt()
 
+    def log_snr(self, t: Tensor) -> Tensor:
+        """log(alpha^2 / sigma^2) at int64 timesteps, float64, same shape and device as t."""
+        return 2 * (self.alpha(t).log() - self.sigma(t).log())
+
     def add_noise(self, x_0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t for x_0 and noise (G, K, C, h, w) at t (G, K)."""
         return self._mix(self.alpha(t), x_0) + self._mix(self.sigma(t), noise)
@@ -60,6 +64,42 @@ class DdpmProcess:
         if self.prediction_type == "epsilon":
             return prediction
         return self._mix(self.alpha(t), prediction) + self._mix(self.sigma(t), x_t)
+
+    def implied(self, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The prediction that implies `noise` at x_t, the inverse of `epsilon`."""
+        if self.prediction_type == "epsilon":
+            return noise
+        return self._mix(1 / self.alpha(t), noise) - self._mix(self.sigma(t) / self.alpha(t), x_t)
+
+    def noise_slope(self, t: Tensor) -> Tensor:
+        """How much the implied noise changes with the prediction, float64: 1, or alpha for v."""
+        return torch.ones_like(t, dtype=torch.float64) if self.prediction_type == "epsilon" else self.alpha(t)
+
+    def ddim_move(self, x: Tensor, noise: Tensor, t: Tensor, p: Tensor) -> Tensor:
+        """Deterministic DDIM move (arXiv:2010.02502, Eq. 12) of x (G, K, C, h, w) from level t to p (G, K) along `noise`.
+
+        Either direction: p < t denoises, p > t inverts.
+        """
+        scale = self.alpha(p) / self.alpha(t)
+        return self._mix(scale, x) + self._mix(self.sigma(p) - scale * self.sigma(t), noise)
+
+    def transition(self, t: Tensor, p: Tensor, eta: float) -> tuple[Tensor, Tensor, Tensor]:
+        """(a, b, std) of the stochastic DDIM step from t to p < t: x_p ~ N(a x_t + b prediction, std^2).
+
+        In the model's own parameterisation; float64, same shape as t (arXiv:2010.02502, Eq. 16). b is negative for epsilon.
+        Raises ValueError where the step has no density: eta outside (0, 1], or p not below t.
+        """
+        if not 0 < eta <= 1:
+            raise ValueError(f"eta is {eta}; a transition has a density only for eta in (0, 1], usually 1")
+        if not bool((p < t).all()):
+            raise ValueError("a transition goes from t to a lower level p; some p is not below its t")
+        alpha, sigma, alpha_p, sigma_p = self.alpha(t), self.sigma(t), self.alpha(p), self.sigma(p)
+        std = eta * sigma_p / sigma * (1 - (alpha / alpha_p) ** 2).sqrt()
+        direct = (sigma_p**2 - std**2).clamp(min=0).sqrt()  # coefficient of the noise that is kept
+        if self.prediction_type == "epsilon":
+            scale = alpha_p / alpha
+            return scale, direct - scale * sigma, std
+        return alpha_p * alpha + direct * sigma, direct * alpha - alpha_p * sigma, std
 
     @staticmethod
     def _mix(coefficient: Tensor, x: Tensor) -> Tensor:

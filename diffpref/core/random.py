@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -59,6 +59,15 @@ class PairRandom:
     def uniform(self, purpose: str) -> Tensor:
         """Uniform float32 in [0, 1), (G,), on the CPU."""
         return torch.tensor([uniform(self.seed, purpose, *key) for key in self._keys()])
+
+    def subset(self, purpose: str, size: int, count: int) -> Tensor:
+        """`count` different numbers of 0..size-1 in rising order, int64 (G, count), on the CPU."""
+        rows = [permutation(size, self.seed, purpose, *key)[:count].sort().values for key in self._keys()]
+        return torch.stack(rows)
+
+    def rows(self, index: Sequence[int]) -> PairRandom:
+        """The draws of some of the pairs."""
+        return replace(self, pair_ids=tuple(self.pair_ids[i] for i in index), visits=tuple(self.visits[i] for i in index))
 
     def _keys(self) -> list[tuple[str, int, int]]:
         return [(pair_id, visit, self.draw) for pair_id, visit in zip(self.pair_ids, self.visits, strict=True)]

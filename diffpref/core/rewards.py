@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from diffpref.core.types import Evaluation
+from diffpref.core.types import Evaluation, PreferenceBatch
 
 
 def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
@@ -25,9 +25,26 @@ def reference_error(evals: Sequence[Evaluation]) -> Tensor:
     """Weighted error of the reference, summed over steps. (G, K), no gradient."""
     errors = []
     for e in evals:
-        assert e.reference is not None, "the run was built without the reference that its method declares"
-        errors.append(e.step.weight * mean_squared_error(e.reference, e.step.target).detach())
+        error = e.reference_error
+        if error is None:
+            assert e.reference is not None, "the run was built without the reference that its method declares"
+            error = mean_squared_error(e.reference, e.step.target)
+        errors.append(e.step.weight * error.detach())
     return torch.stack(errors).sum(0)
+
+
+def implicit_rewards(evals: Sequence[Evaluation], scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+    """Rewards scale * (reference error - policy error), (G, K), and what every method with a reference logs."""
+    policy, reference = policy_error(evals), reference_error(evals)
+    reward = scale * (reference - policy)
+    return reward, margin_metrics(reward) | error_metrics("policy", policy) | error_metrics("reference", reference)
+
+
+def soft_label(batch: PreferenceBatch) -> Tensor:
+    """Probability (G,) that the first image of a pair is the better one."""
+    if batch.relevance.shape[1] != 2:
+        raise ValueError(f"groups have {batch.relevance.shape[1]} images, but this method compares pairs; give it two images per prompt")
+    return batch.relevance[:, 0]
 
 
 def margin_metrics(reward: Tensor) -> dict[str, Tensor]:

@@ -7,8 +7,8 @@ C h w  channels, height and width of a latent
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
@@ -38,6 +38,9 @@ class PathStep:
     timesteps: Tensor  # (G, K) int64 in [0, T)
     target: Tensor  # (G, K, C, h, w), in the model's own parameterisation
     weight: Tensor  # (G, K), multiplies the mean squared error
+    log_snr: Tensor | None = None  # (G, K) log(alpha^2 / sigma^2) at the timesteps
+    guidance_scale: float = 1.0  # policy and reference are compared under this classifier-free guidance
+    reference: Tensor | None = None  # (G, K, C, h, w) what the reference predicts here, if the path has asked it already
 
 
 @dataclass(frozen=True)
@@ -49,21 +52,26 @@ class PreferenceBatch:
     relevance: Tensor  # (G, K) float32; for pairs the probability that this image is the better one
     pair_ids: tuple[str, ...]  # (G,)
     visits: tuple[int, ...]  # (G,), how often the pair was seen before
+    scores: Mapping[str, Tensor] = field(default_factory=dict)  # by scorer (G, K), higher is better
+    weight: Tensor | None = None  # (G,), multiplies the loss of a group
+    reference_error: Tensor | None = None  # (G, K), the reference's error at the step of this visit, computed beforehand
 
     @property
     def group_shape(self) -> torch.Size:
         """(G, K)."""
         return self.relevance.shape
 
-    def first(self, images: int) -> PreferenceBatch:
-        """The same groups with their first `images` images only."""
-        if images >= self.relevance.shape[1]:
+    def first(self, images: int | None) -> PreferenceBatch:
+        """The same groups with their first `images` images only, all of them for None."""
+        if images is None or images >= self.relevance.shape[1]:
             return self
         return replace(
             self,
             latents=self.latents[:, :images],
             cond=self.cond.map(lambda x: x[:, :images]),
             relevance=self.relevance[:, :images],
+            scores={name: score[:, :images] for name, score in self.scores.items()},
+            reference_error=None if self.reference_error is None else self.reference_error[:, :images],
         )
 
     def random(self, seed: int) -> PairRandom:
@@ -78,6 +86,7 @@ class Evaluation:
     step: PathStep
     policy: Tensor  # (G, K, C, h, w), carries gradient
     reference: Tensor | None  # (G, K, C, h, w), no gradient; None if the method needs none
+    reference_error: Tensor | None = None  # (G, K), stands for the reference's mean squared error where that is None
 
 
 @dataclass(frozen=True)
@@ -90,3 +99,6 @@ class LossOutput:
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(x_t (G, K, C, h, w), timesteps (G, K), conditioning) -> prediction (G, K, C, h, w)."""
+
+Loss = Callable[[PreferenceBatch, Sequence[Evaluation]], LossOutput]
+"""What a method computes, and what a guard wraps."""

@@ -18,7 +18,8 @@ class SFT:
     """Chosen images only, no reference; nothing to tune."""
 
     needs_reference: ClassVar[bool] = False
-    images_per_group: ClassVar[int] = 1
+    needs_reference_prediction: ClassVar[bool] = False
+    images_per_group: ClassVar[int | None] = 1
 
     def loss(self, batch: PreferenceBatch, evals: Sequence[Evaluation]) -> LossOutput:
         """Loss (G,): the denoising error of the first image of each group."""

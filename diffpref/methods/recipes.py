@@ -1,0 +1,58 @@
+"""The published systems as combinations: a method, the path its x_t are reached by, and the guards it wears.
+
+Names and settings only; a run looks them up in METHODS, PATHS and GUARDS. Settings that are not named keep their defaults.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+Settings = Mapping[str, bool | int | float | str]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One line of the table below."""
+
+    method: str
+    path: str = "forward"
+    settings: Settings = field(default_factory=dict)  # of the method
+    path_settings: Settings = field(default_factory=dict)
+    guards: Mapping[str, Settings] = field(default_factory=dict)
+    provisional: str = ""  # what the paper does not say, and is therefore our choice
+
+
+RECIPES: dict[str, Recipe] = {
+    "diffusion_dpo": Recipe("diffusion_dpo"),
+    "diffusion_kto": Recipe("diffusion_kto"),
+    "diffusion_sdpo": Recipe("diffusion_dpo", guards={"sdpo": {"mu": 0.9}}),
+    "dcpo": Recipe("diffusion_dpo", settings={"beta": 500.0}),  # a caption per image
+    "dmpo": Recipe("dmpo"),
+    "dpop": Recipe("dpop", provisional="beta and penalty for diffusion models"),
+    "dro": Recipe("dro", guards={"sdpo": {"mu": 0.6}}),
+    "dspo": Recipe("dspo"),
+    "inpo": Recipe("diffusion_dpo", "inversion", {"beta": 2000.0}, {"num_steps": 10}),
+    "inversion_dpo": Recipe("inversion_dpo", "trajectory"),
+    "lcpo": Recipe("lcpo", provisional="first reliability and its moving average; beta for diffusion models"),
+    "lipo": Recipe("lipo", provisional="beta for diffusion models"),
+    "list_mle": Recipe("lipo", settings={"list_loss": "list_mle"}, provisional="beta for diffusion models"),
+    "mapo": Recipe("mapo"),
+    "odpo": Recipe("odpo", provisional="alpha and beta for diffusion models"),
+    "rank_dpo": Recipe("rank_dpo", path_settings={"shared_noise": False}, provisional="beta and learning rate"),
+    "sft": Recipe("sft"),
+    "smpo": Recipe("smpo", "inversion", path_settings={"num_steps": 5, "renoise_iterations": 1}),
+    "smpo_pickscore": Recipe(  # the score range hard-coded by the authors; cosine of PickScore, without its logit scale
+        "smpo",
+        "inversion",
+        {"score": "pickscore", "score_min": 0.11543526500463486, "score_max": 0.28201571106910706},
+        {"num_steps": 5, "renoise_iterations": 1},
+    ),
+    "tdpo": Recipe(  # one image, two captions
+        "diffusion_dpo",
+        guards={"sdpo": {"mu": 0.9}, "winner_anchor": {"anchor_weight": 1.0}},
+        provisional="beta, and the clip on the negative term, for which the guards stand",
+    ),
+    "tkto": Recipe("diffusion_kto", provisional="beta"),  # one image, two captions
+}
+"""Every method of METHODS has the recipe of its own name."""
