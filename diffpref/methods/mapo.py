@@ -30,10 +30,10 @@ def phi(y: Tensor) -> Tensor:
     """y / (exp(y) - 1) for y >= 0, with its slope: 1 and -1/2 at 0, 0 for large y."""
     small = y < 0.1
     # The untaken branch of a where still gets a gradient, so it is kept away from its own singular point.
-    far = torch.where(small, torch.ones_like(y), y)
+    far = torch.where(small, torch.ones_like(y), y).clamp(max=80)  # beyond, phi is 0 for all purposes and exp overflows in float32
     near = torch.where(small, y, torch.zeros_like(y))
     series = 1 - near / 2 + near**2 / 12 - near**4 / 720 + near**6 / 30240
-    return torch.where(small, series, -far * (-far).exp() / torch.expm1(-far))
+    return torch.where(small, series, far / torch.expm1(far))
 
 
 @dataclass(frozen=True, kw_only=True)

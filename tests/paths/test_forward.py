@@ -71,3 +71,51 @@ def test_timesteps_cover_the_whole_range_evenly() -> None:
     counts = torch.histc(made.timesteps.float(), bins=10, min=0, max=1000)
     assert counts.min() > 320
     assert counts.max() < 480
+
+
+def made(path: ForwardNoising, process: DdpmProcess = PROCESS) -> PathStep:
+    """The step of all three pairs."""
+    relevance = torch.tensor([[1.0, 0.0]]).expand(3, 2)
+    batch = PreferenceBatch(LATENTS, Conditioning(torch.zeros(3, 2, 1, 1)), relevance, IDS, VISITS)
+    (only,) = path(batch, process, batch.random(9), None, None, None)
+    return only
+
+
+def test_noise_can_be_drawn_per_image() -> None:
+    shared, own = made(ForwardNoising()), made(ForwardNoising(shared_noise=False))
+    assert torch.equal(own.timesteps, shared.timesteps)
+    assert not torch.allclose(own.target[:, 0], own.target[:, 1])
+    assert abs(float((own.target[:, 0] * own.target[:, 1]).mean())) < 0.1
+
+
+def test_noise_offset_is_a_constant_per_channel_that_the_pair_shares() -> None:
+    plain, moved = made(ForwardNoising()), made(ForwardNoising(noise_offset=0.3))
+    offset = moved.target - plain.target  # the network has to predict it
+    torch.testing.assert_close(offset, offset[:, :1, :, :1, :1].expand_as(offset), rtol=0, atol=1e-6)
+    assert offset[:, 0, :, 0, 0].unique().numel() == 12  # three pairs of four channels
+    assert 0.1 < float(offset[:, 0, :, 0, 0].std()) < 0.6
+    torch.testing.assert_close(moved.x_t, PROCESS.add_noise(LATENTS, moved.target, moved.timesteps), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("process", [PROCESS, V_PROCESS], ids=["epsilon", "v_prediction"])
+def test_input_perturbation_is_in_x_t_only_and_shared(process: DdpmProcess) -> None:
+    plain, moved = made(ForwardNoising(), process), made(ForwardNoising(input_perturbation=0.1), process)
+    assert torch.equal(moved.target, plain.target)
+    extra = moved.x_t - plain.x_t
+    torch.testing.assert_close(extra[:, 0], extra[:, 1], rtol=0, atol=1e-6)
+    sigma = PROCESS.sigma(moved.timesteps)[..., None, None, None]
+    assert float((extra / sigma).std()) == pytest.approx(0.1, rel=0.1)
+
+
+def test_log_snr() -> None:
+    step_made = made(ForwardNoising())
+    a = PROCESS.alphas_cumprod[step_made.timesteps]
+    assert step_made.log_snr is not None
+    torch.testing.assert_close(step_made.log_snr.double(), (a / (1 - a)).log(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["noise_offset", "input_perturbation"])
+@pytest.mark.parametrize("value", [-0.1, 1.5, float("nan")])
+def test_shares_are_checked(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"{name} is {value}"):
+        ForwardNoising(**{name: value})
