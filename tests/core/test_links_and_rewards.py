@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from diffpref.core.links import logistic
-from diffpref.core.rewards import error_metrics, margin_metrics, mean_squared_error, policy_error, reference_error
+from diffpref.core.rewards import error_metrics, implicit_rewards, margin_metrics, mean_squared_error, policy_error, reference_error
 from diffpref.core.types import Conditioning, Evaluation, PathStep, PreferenceBatch
 
 LOGITS = torch.tensor([-3.0, -0.2, 0.0, 0.7, 4.0], dtype=torch.float64)
@@ -113,3 +114,42 @@ def test_batches_can_be_cut_to_their_first_images() -> None:
     assert first.cond.pooled_prompt_embeds is None
     assert batch.first(2) is batch
     assert batch.random(5).visits == (0, 0, 1)
+
+
+def test_errors_computed_beforehand_stand_for_the_prediction() -> None:
+    x = torch.zeros(1, 2, 1, 1, 1)
+    known = torch.tensor([[0.3, 0.4]], requires_grad=True)
+    step = evaluation(x, None, x, 0.5).step
+    error = reference_error([Evaluation(step, x, None, known)])
+    assert error.tolist() == [[pytest.approx(0.15), pytest.approx(0.2)]]
+    assert not error.requires_grad
+
+
+def test_implicit_rewards_are_scaled_gains_with_their_metrics() -> None:
+    target = torch.zeros(1, 2, 1, 1, 2, dtype=torch.float64)
+    policy, reference = target + torch.tensor([1.0, 2.0]).reshape(1, 2, 1, 1, 1), target + 3
+    reward, metrics = implicit_rewards([evaluation(policy, reference, target, 1.0)], 10)
+    assert reward.tolist() == [[80, 50]]
+    assert {name: float(x) for name, x in metrics.items()} == {
+        "rewards/chosen": 80,
+        "rewards/rejected": 50,
+        "rewards/margins": 30,
+        "rewards/accuracies": 1,
+        "error/policy_chosen": 1,
+        "error/policy_rejected": 4,
+        "error/reference_chosen": 9,
+        "error/reference_rejected": 9,
+    }
+
+
+def test_batches_carry_scores_weights_and_known_errors_along() -> None:
+    cond = Conditioning(torch.zeros(2, 3, 4, 5))
+    batch = PreferenceBatch(torch.zeros(2, 3, 1, 2, 2), cond, torch.ones(2, 3), ("a", "b"), (0, 0))
+    assert (dict(batch.scores), batch.weight, batch.reference_error) == ({}, None, None)
+    full = replace(batch, scores={"clip": torch.arange(6.0).reshape(2, 3)}, weight=torch.ones(2), reference_error=torch.ones(2, 3))
+    first = full.first(2)
+    assert first.scores["clip"].tolist() == [[0, 1], [3, 4]]
+    assert first.reference_error is not None
+    assert first.reference_error.shape == (2, 2)
+    assert first.weight is full.weight
+    assert full.first(None) is full

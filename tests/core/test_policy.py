@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from diffpref.core.policy import adapter_off, adapters_off, evaluate, frozen
-from diffpref.core.types import Conditioning, PathStep, Predict
+from diffpref.core.policy import adapter_off, adapters_off, blend, evaluate, frozen, guided, stored, two_pass_backward
+from diffpref.core.types import Conditioning, Evaluation, LossOutput, PathStep, Predict
 from diffpref.models.lora import add_lora, trainable_state
 from diffpref.models.sd import predictor
 
@@ -116,3 +117,122 @@ def test_reference_is_asked_first_and_both_see_the_same_tensors() -> None:
     assert torch.equal(evals[0].reference, X_T + 1)
     assert torch.equal(evals[0].policy, X_T + 2)
     assert evaluate(steps[:1], COND, recorder("policy"), None)[0].reference is None
+
+
+def test_guidance_is_the_formula_in_one_forward(sd_unet: UNet2DConditionModel) -> None:
+    policy, calls = predictor(sd_unet), []
+
+    def counted(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        calls.append(x_t.shape)
+        return policy(x_t, timesteps, cond)
+
+    null = Conditioning(torch.randn(1, 1, 3, 16, generator=torch.Generator().manual_seed(3)))
+    everywhere = null.map(lambda x: x.expand(2, 2, -1, -1))
+    found = guided(counted, null, 2.5)(X_T, LEVELS, COND)
+    conditional, unconditional = policy(X_T, LEVELS, COND), policy(X_T, LEVELS, everywhere)
+    torch.testing.assert_close(found, unconditional + 2.5 * (conditional - unconditional), rtol=1e-4, atol=1e-5)
+    assert [tuple(shape) for shape in calls] == [(4, 2, 4, 8, 8)]
+    assert guided(counted, None, 1.0) is counted
+    with pytest.raises(ValueError, match=r"guidance_scale is 3\.0, but there is no null conditioning"):
+        guided(policy, None, 3.0)
+
+
+def test_the_null_half_takes_over_what_it_lacks() -> None:
+    seen: list[Conditioning] = []
+
+    def network(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        seen.append(cond)
+        return x_t
+
+    times = torch.arange(24.0).reshape(2, 2, 6)
+    full = Conditioning(torch.ones(2, 2, 3, 4), torch.ones(2, 2, 5), times)
+    guided(network, Conditioning(torch.zeros(1, 1, 3, 4), torch.zeros(1, 1, 5)), 2.0)(X_T, LEVELS, full)
+    (both,) = seen
+    assert both.time_ids is not None
+    assert both.pooled_prompt_embeds is not None
+    assert torch.equal(both.time_ids, torch.cat([times, times]))
+    assert torch.equal(both.prompt_embeds, torch.cat([torch.zeros(2, 2, 3, 4), torch.ones(2, 2, 3, 4)]))
+    assert torch.equal(both.pooled_prompt_embeds, torch.cat([torch.zeros(2, 2, 5), torch.ones(2, 2, 5)]))
+
+
+def test_known_errors_and_known_predictions_spare_the_reference() -> None:
+    def forbidden(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        raise AssertionError("asked")
+
+    def policy(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        return x_t
+
+    step = PathStep(X_T, LEVELS, X_T, torch.ones(2, 2))
+    errors = torch.rand(2, 2)
+    (e,) = evaluate([step], COND, policy, forbidden, reference_error=errors)
+    assert e.reference is None
+    assert e.reference_error is errors
+    (e,) = evaluate([replace(step, reference=2 * X_T)], COND, policy, forbidden)
+    assert torch.equal(e.reference, 2 * X_T)  # type: ignore[arg-type]
+    with pytest.raises(AssertionError, match="one step"):
+        evaluate([step, step], COND, policy, None, reference_error=errors)
+
+
+def test_two_passes_on_a_real_unet_with_and_without_autocast(adapted: tuple[UNet2DConditionModel, Tensor]) -> None:
+    unet, _ = adapted
+    policy = predictor(unet)
+    reference, weights = adapter_off(unet, policy), trainable_state(unet)
+    steps = [PathStep(X_T * (1 + i), LEVELS, X_T.flip(0), torch.full((2, 2), 0.5 + i)) for i in range(3)]
+
+    def loss(evals: list[Evaluation]) -> LossOutput:
+        gap = torch.stack([e.step.weight * (e.policy.float() - e.step.target).square().flatten(2).mean(2) for e in evals]).sum(0)
+        return LossOutput(torch.nn.functional.softplus(gap[:, 0] - gap[:, 1]), {})
+
+    for autocast in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            evals = evaluate(steps, COND, policy, reference)
+            loss(evals).per_group.mean().backward()
+            expected = {name: p.grad for name, p in weights.items()}
+            for p in weights.values():
+                p.grad = None
+            two_pass_backward(steps, COND, policy, reference, loss)
+        for name, p in weights.items():
+            assert p.grad is not None
+            wanted = expected[name]
+            assert wanted is not None
+            scale = float(wanted.abs().max())
+            torch.testing.assert_close(p.grad, wanted, rtol=1e-4, atol=(2e-2 if autocast else 1e-5) * scale)
+            p.grad = None
+        assert max(float(g.abs().max()) for g in expected.values() if g is not None) > 0
+
+
+def test_stored_weights_as_the_reference(adapted: tuple[UNet2DConditionModel, Tensor]) -> None:
+    unet, before_adapter = adapted
+    policy, weights = predictor(unet), trainable_state(unet)
+    earlier = {name: p.detach().clone() for name, p in weights.items()}
+    reference = stored(policy, weights, earlier)
+    with torch.no_grad():
+        was = policy(X_T, LEVELS, COND)
+        for p in weights.values():
+            p.add_(0.2)
+        moved = policy(X_T, LEVELS, COND)
+    assert torch.equal(reference(X_T, LEVELS, COND), was)
+    assert torch.equal(policy(X_T, LEVELS, COND).detach(), moved)
+    assert not torch.allclose(moved, was, atol=1e-3)
+    assert not torch.allclose(before_adapter, was, atol=1e-3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # whose cache must not keep the other weights
+        now, then, again = policy(X_T, LEVELS, COND), reference(X_T, LEVELS, COND), policy(X_T, LEVELS, COND)
+    assert torch.equal(now, again)
+    assert not torch.allclose(now.float(), then.float(), atol=1e-2)
+    now.sum().backward()
+    assert all(p.grad is not None for p in weights.values())
+    with pytest.raises(AssertionError, match="exactly the trainable tensors"):
+        stored(policy, weights, {})
+
+
+def test_blend() -> None:
+    weights, policy = {"a": torch.tensor([1.0, 2.0])}, {"a": torch.tensor([3.0, 2.0], requires_grad=True), "b": torch.zeros(1)}
+    blend(weights, policy, 1.0)
+    assert weights["a"].tolist() == [1, 2]
+    blend(weights, policy, 0.75)
+    assert weights["a"].tolist() == [1.5, 2]
+    blend(weights, policy, 0.0)
+    assert weights["a"].tolist() == [3, 2]
+    assert not weights["a"].requires_grad
+    with pytest.raises(ValueError, match=r"decay is 1\.1"):
+        blend(weights, policy, 1.1)

@@ -100,3 +100,74 @@ def test_like_appends_axes() -> None:
 def test_other_parameterisations_are_refused() -> None:
     with pytest.raises(ValueError, match="prediction_type 'sample'"):
         process("sample")
+
+
+@pytest.mark.parametrize(
+    ("t", "p", "std", "noise_factor"),
+    [
+        (751, 701, 0.557616, -0.399047),
+        (501, 451, 0.429321, -0.268818),
+        (301, 251, 0.314408, -0.206574),
+        (201, 151, 0.250868, -0.189184),
+        (101, 51, 0.167295, -0.190926),
+        (51, 1, 0.040597, -0.220477),
+        (1, 0, 0.020648, -0.020714),
+    ],
+)
+def test_transition_table(t: int, p: int, std: float, noise_factor: float) -> None:
+    made = process()
+    a, b, found = made.transition(torch.tensor([t]), torch.tensor([p]), 1.0)
+    assert (float(found), float(b)) == pytest.approx((std, noise_factor), abs=1e-6)
+    assert float(a) == pytest.approx(float((made.alphas_cumprod[p] / made.alphas_cumprod[t]).sqrt()), rel=1e-12)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+def test_transition_of_v_is_that_of_the_noise_it_implies(eta: float) -> None:
+    x, noise = draw()
+    t, p = torch.tensor([[3, 20], [751, 500], [999, 1]]), torch.tensor([[0, 19], [701, 499], [0, 0]])
+    v_process = process("v_prediction")
+    (a, b, std), (a_v, b_v, std_v) = process().transition(t, p, eta), v_process.transition(t, p, eta)
+    v = v_process.implied(x, noise, t)
+    torch.testing.assert_close(like(a_v, x) * x + like(b_v, x) * v, like(a, x) * x + like(b, x) * noise, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(std_v, std, rtol=1e-14, atol=0)
+
+
+def test_transition_becomes_the_deterministic_move() -> None:
+    x, noise = draw()
+    t, p = torch.full((3, 2), 600), torch.full((3, 2), 401)
+    a, b, std = process().transition(t, p, 1e-6)
+    torch.testing.assert_close(process().ddim_move(x, noise, t, p), like(a, x) * x + like(b, x) * noise, rtol=1e-9, atol=1e-9)
+    assert float(std.max()) < 1e-6
+
+
+@pytest.mark.parametrize("eta", [0.0, -0.1, 1.5, float("nan")])
+def test_a_step_without_density_is_refused(eta: float) -> None:
+    with pytest.raises(ValueError, match=f"eta is {eta}"):
+        process().transition(torch.tensor([5]), torch.tensor([1]), eta)
+    for p in (5, 6):
+        with pytest.raises(ValueError, match="some p is not below its t"):
+            process().transition(torch.tensor([9, 5]), torch.tensor([1, p]), 1.0)
+
+
+def test_ddim_move_is_its_formula_and_returns() -> None:
+    x, noise = draw()
+    made, target = process(), torch.tensor([[0, 999], [500, 0], [1, 501]])
+    x_0 = (x - like(made.sigma(LEVELS), x) * noise) / like(made.alpha(LEVELS), x)
+    moved = made.ddim_move(x, noise, LEVELS, target)
+    torch.testing.assert_close(moved, made.add_noise(x_0, noise, target), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(made.ddim_move(moved, noise, target, LEVELS), x, rtol=1e-10, atol=1e-10)
+    assert torch.equal(made.ddim_move(x, noise, LEVELS, LEVELS), x)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_implied_is_the_inverse_of_epsilon_and_noise_slope_its_derivative(kind: str) -> None:
+    x, noise = draw()
+    made = process(kind)
+    torch.testing.assert_close(made.epsilon(x, made.implied(x, noise, LEVELS), LEVELS), noise, rtol=1e-12, atol=1e-12)
+    step = made.epsilon(x, noise + 1, LEVELS) - made.epsilon(x, noise, LEVELS)
+    torch.testing.assert_close(step, like(made.noise_slope(LEVELS), x).expand_as(x), rtol=1e-10, atol=1e-12)
+
+
+def test_log_snr() -> None:
+    a = process().alphas_cumprod[LEVELS]
+    torch.testing.assert_close(process().log_snr(LEVELS), (a / (1 - a)).log(), rtol=1e-12, atol=1e-12)

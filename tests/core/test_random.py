@@ -65,3 +65,15 @@ def test_uniform_and_permutation() -> None:
     assert sorted(order.tolist()) == list(range(50))
     assert not torch.equal(order, permutation(50, 0, "order", 1))
     assert generator(2**62, "order").initial_seed() >= 0
+
+
+def test_rows_and_subsets_belong_to_their_pair() -> None:
+    three = PairRandom(7, ("a", "b", "c"), (0, 1, 2))
+    assert torch.equal(three.rows([2, 0]).normal("noise", (3,)), three.normal("noise", (3,))[[2, 0]])
+    chosen = three.subset("nodes", 10, 4)
+    assert chosen.shape == (3, 4)
+    assert (chosen.diff(dim=1) > 0).all()
+    assert chosen.min() >= 0
+    assert chosen.max() <= 9
+    assert torch.equal(three.rows([1]).subset("nodes", 10, 4), chosen[1:2])
+    assert len({tuple(PairRandom(0, ("a",), (v,)).subset("nodes", 10, 4)[0].tolist()) for v in range(20)}) > 10
