@@ -8,7 +8,8 @@ The path is DDIM inversion with one averaged ReNoise iteration. p depends on the
 that the coefficient gamma (2p - 1) is usually below 1 with gamma 10: SmPO weakens the nominal beta. low and high are the
 range of the scores over the data set (diffpref.core.scores.score_range); the authors' code has constants of PickScore on
 their data, and takes p of a batch from its first pair, here p is per pair. Pairs may stand in either order: a chosen image
-with the lower score has p below 1/2. Without a scorer p is the label's own probability, such as a vote share.
+with the lower score has p below 1/2. With score none p is the label's own probability, such as a vote share; certain labels
+then make this Diffusion-DPO at gamma times beta.
 """
 
 from __future__ import annotations
@@ -37,8 +38,8 @@ class SmPO:
     """Inverse temperature on half the mean squared error difference, before smoothing; the authors use 2000 on SD1.5, 5000 on SDXL."""
     gamma: float = 10.0
     """Multiplies 2p - 1; with gamma 1 and p 1 the loss is Diffusion-DPO's."""
-    score: str | None = None
-    """Scorer whose scores give p; the probability of the label when not given."""
+    score: str | None = "pickscore"
+    """Scorer whose scores give p; none for the probability of the label, which then has to be a soft one."""
     score_min: float | None = None
     """Smallest score of the data set; needed with score."""
     score_max: float | None = None

@@ -91,7 +91,7 @@ FORMS = {
     "odpo": Form("odpo", {"beta": 2.0}, at_reference=margin_asked),
     "rank_dpo": Form("rank_dpo", {"beta": 2.0}, 3, rank_weights),
     "sft": Form("sft", images=1, at_reference=own_error),
-    "smpo": Form("smpo", {"beta": 2.0, "gamma": 1.0}, at_reference=constant(LOG_TWO)),
+    "smpo": Form("smpo", {"beta": 2.0, "gamma": 1.0, "score": None}, at_reference=constant(LOG_TWO)),
     "smpo_scores": Form(
         "smpo", {"beta": 2.0, "gamma": 5.0, "score": "score", "score_min": 0.0, "score_max": 1.0}, at_reference=constant(LOG_TWO)
     ),

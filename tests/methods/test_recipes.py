@@ -86,6 +86,8 @@ def run(recipe: Recipe, batch: PreferenceBatch, policy: Predict, reference: Pred
     """Loss per group of a recipe, as the training loop would compute it."""
     settings: dict[str, Any] = dict(recipe.settings)
     gentle = {key: value for key, value in GENTLE.items() if hasattr(METHODS[recipe.method], key) and recipe.method != "mapo"}
+    if recipe.method == "smpo" and "score_min" not in settings:
+        settings["score_min"], settings["score_max"] = 0.1, 0.3  # the run takes them from the data
     method: Any = METHODS[recipe.method](**(settings | gentle))
     path = PATHS[recipe.path](**(dict(recipe.path_settings) | (NODES if recipe.path == "trajectory" else {})))
     guards = [GUARDS[name](**dict(own)) for name, own in recipe.guards.items()]

@@ -64,7 +64,7 @@ def test_every_pair_has_its_own_probability(random_case: Callable[..., Case]) ->
 def test_one_half_teaches_nothing(random_case: Callable[..., Case]) -> None:
     batch, (e,) = random_case(2, 2)
     tie = replace(batch, relevance=torch.full((2, 2), 0.5, dtype=torch.float64))
-    loss = SmPO().loss(tie, [e]).per_group
+    loss = SmPO(score=None).loss(tie, [e]).per_group
     assert loss.tolist() == [pytest.approx(math.log(2), rel=1e-15)] * 2
     loss.sum().backward()
     assert e.policy.grad is not None
@@ -73,7 +73,8 @@ def test_one_half_teaches_nothing(random_case: Callable[..., Case]) -> None:
 
 def test_certain_labels_and_gamma_one_are_diffusion_dpo(random_case: Callable[..., Case]) -> None:
     case = random_case(3, 2)
-    torch.testing.assert_close(SmPO(beta=3, gamma=1).loss(*case).per_group, DiffusionDPO(beta=3).loss(*case).per_group, rtol=1e-15, atol=0)
+    plain = SmPO(beta=3, gamma=1, score=None).loss(*case).per_group
+    torch.testing.assert_close(plain, DiffusionDPO(beta=3).loss(*case).per_group, rtol=1e-15, atol=0)
 
 
 def test_order_of_the_pair_is_no_matter(random_case: Callable[..., Case]) -> None:
@@ -82,8 +83,8 @@ def test_order_of_the_pair_is_no_matter(random_case: Callable[..., Case]) -> Non
     assert e.reference is not None
     step = replace(e.step, target=e.step.target.flip(1), x_t=e.step.x_t.flip(1))
     turned = replace(e, step=step, policy=e.policy.flip(1), reference=e.reference.flip(1))
-    there = SmPO(beta=2).loss(replace(batch, relevance=shares), [e]).per_group
-    back = SmPO(beta=2).loss(replace(batch, relevance=shares.flip(1)), [turned]).per_group
+    there = SmPO(beta=2, score=None).loss(replace(batch, relevance=shares), [e]).per_group
+    back = SmPO(beta=2, score=None).loss(replace(batch, relevance=shares.flip(1)), [turned]).per_group
     torch.testing.assert_close(there, back, rtol=1e-12, atol=0)
 
 
@@ -100,7 +101,7 @@ def test_a_constant_score_is_refused() -> None:
     with pytest.raises(ValueError, match="constant score"):
         SmPO(score="pickscore", score_min=0.25, score_max=0.25)
     with pytest.raises(ValueError, match="name the scorer with score"):
-        SmPO(score_min=0.1)
+        SmPO(score=None, score_min=0.1)
 
 
 @pytest.mark.parametrize("name", ["beta", "gamma"])

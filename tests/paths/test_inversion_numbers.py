@@ -92,7 +92,7 @@ def test_smpo(
     step = only(on_grid(name, num_steps=5, renoise_iterations=1), batch, process, at_levels(batch, 450), policy)
     x_t, loss = SMPO[name]
     assert step.x_t.flatten().tolist()[: len(x_t)] == pytest.approx(x_t, abs=1e-9)
-    out = SmPO(beta=200).loss(batch, evaluate((step,), batch.cond, policy, reference))
+    out = SmPO(beta=200, score=None).loss(batch, evaluate((step,), batch.cond, policy, reference))
     assert float(out.per_group.detach()) == pytest.approx(loss, abs=1e-11)
     if name == "legacy020":
         out.per_group.sum().backward()
