@@ -251,3 +251,16 @@ def test_two_orders_of_a_pair_mix_by_the_label(name: str, random_case: Callable[
         return method.loss(replace(batch, relevance=relevance), evals).per_group
 
     torch.testing.assert_close(labelled(0.3), 0.3 * labelled(1.0) + 0.7 * labelled(0.0), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [*MIXING, "smoothed", "robust", "dmpo", "smpo", "smpo_scores", "kto_classes"])
+def test_a_turned_pair_with_the_opposite_label_is_the_same(name: str, random_case: Callable[..., Case]) -> None:
+    method, (batch, (e,)) = instance(name), random_case(3, 2)
+    relevance = torch.tensor([[0.8, 0.2], [0.35, 0.65], [1.0, 0.0]], dtype=torch.float64)
+    assert e.reference is not None
+    step = replace(e.step, target=e.step.target.flip(1), x_t=e.step.x_t.flip(1))
+    turned = Evaluation(step, e.policy.flip(1), e.reference.flip(1))
+    there = method.loss(replace(batch, relevance=relevance), [e]).per_group
+    scores = {n: x.flip(1) for n, x in batch.scores.items()}
+    back = method.loss(replace(batch, relevance=relevance.flip(1), scores=scores), [turned]).per_group
+    torch.testing.assert_close(back, there, rtol=1e-12, atol=1e-14)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,3 +239,10 @@ def test_kto_on_pairs_needs_nothing_but_their_labels() -> None:
     batch = groups_of(2, 3)
     evals = evaluate(PATHS["forward"]()(batch, PROCESS, batch.random(0)), batch.cond, policy, reference)
     assert DiffusionKTO().loss(batch, evals).per_group.shape == (3,)
+
+
+def test_every_recipe_has_a_page() -> None:
+    pages = {path.stem: path.read_text() for path in (Path(__file__).parents[2] / "docs" / "methods").glob("*.md")}
+    assert METHODS.keys() <= pages.keys()
+    for name in RECIPES:
+        assert name in pages or any(f"`{name}`" in text for text in pages.values()), name
