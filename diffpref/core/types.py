@@ -20,9 +20,10 @@ from diffpref.core.random import PairRandom
 class Conditioning:
     """Everything the denoiser sees besides x_t and t."""
 
-    prompt_embeds: Tensor  # (G, K, L, D)
+    prompt_embeds: Tensor | None = None  # (G, K, L, D); None where token_ids are given, which the trained model encodes itself
     pooled_prompt_embeds: Tensor | None = None  # (G, K, P), SDXL
     time_ids: Tensor | None = None  # (G, K, 6) in pixels, SDXL
+    token_ids: Tensor | None = None  # (G, K, E, L) int64 for E text encoders; a row of -1 is an empty prompt encoded as zeros
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `fn` to every tensor that is present."""

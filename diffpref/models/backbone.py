@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from diffpref.core.process import DdpmProcess
 from diffpref.core.types import Conditioning, Predict
 from diffpref.models import sd, sdxl
+from diffpref.models.joint import TextAndUNet
+from diffpref.models.lora import add_text_lora
+
+
+FAMILIES = {"sd": sd, "sdxl": sdxl}
 
 
 @dataclass(frozen=True)
@@ -24,7 +29,7 @@ class Backbone:
     pipeline: DiffusionPipeline
     process: DdpmProcess
     predictor: Callable[[nn.Module], Predict]  # give it the wrapped denoiser, always
-    encode_prompts: Callable[[Sequence[str]], Conditioning]  # N prompts -> (N, 1, ...), without time_ids
+    encode_prompts: Callable[[Sequence[str]], Conditioning]  # N prompts -> (N, 1, ...), without time_ids; what `predictor` takes
     null_prompt: Callable[[], Conditioning]  # the empty prompt as the pipeline's guidance sees it, (1, 1, ...)
 
     @property
@@ -56,6 +61,25 @@ class Backbone:
         with torch.no_grad():
             posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
         return torch.stack([posterior.mean, posterior.std], 1) * vae.config.scaling_factor
+
+
+def with_text_encoders(backbone: Backbone, recompute: bool, **lora: Any) -> tuple[Backbone, TextAndUNet]:
+    """A backbone whose trained module contains the text encoders, with adapters on them, and that module.
+
+    Its prompts are token ids, which the module encodes itself. recompute: see TextAndUNet. lora: as in `add_text_lora`.
+    """
+    family = FAMILIES[backbone.family]
+    encoders = family.text_encoders(backbone.pipeline)
+    add_text_lora(encoders, family.text_depths(backbone.pipeline), **lora)
+    named = dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=False))
+    module = TextAndUNet(backbone.denoiser, named, family.encode, family.predictor, recompute)
+    ids = replace(
+        backbone,
+        predictor=lambda wrapped: wrapped,
+        encode_prompts=lambda prompts: Conditioning(token_ids=family.tokenize(backbone.pipeline, prompts)[:, None]),
+        null_prompt=lambda: Conditioning(token_ids=family.null_ids(backbone.pipeline)[:, None]),
+    )
+    return ids, module
 
 
 def vae_factor(pipeline: DiffusionPipeline) -> int:
@@ -112,14 +136,15 @@ def load_backbone(source: str, revision: str | None = None, variant: str | None 
             f"pretrained_model_name_or_path {source!r}: UNet with addition_embed_type {kind!r}; "
             "SD (none) and SDXL (text_time) are supported"
         )
-    family = sdxl if kind == "text_time" else sd
+    name = "sdxl" if kind == "text_time" else "sd"
+    family = FAMILIES[name]
     for part in (pipeline.vae, unet, *family.text_encoders(pipeline)):
         part.requires_grad_(False)
         part.eval()
     scheduler = pipeline.scheduler
     process = DdpmProcess.from_betas(scheduler.betas, scheduler.config.prediction_type)
     return Backbone(
-        family="sdxl" if family is sdxl else "sd",
+        family=name,
         pipeline=pipeline,
         process=process,
         predictor=family.predictor,

@@ -1,14 +1,17 @@
-"""LoRA on the UNet: targets, attaching, reading and writing."""
+"""LoRA on the UNet and the text encoders: targets, attaching, reading and writing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
+from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -19,12 +22,20 @@ TARGETS: Mapping[str, tuple[str, ...]] = {
     "all": (*ATTENTION, "proj_in", "proj_out", "ff.net.0.proj", "ff.net.2", "conv1", "conv2", "time_emb_proj"),
 }
 """Named sets of UNet layers; "all" adds projections, feed-forwards and the residual blocks."""
+TEXT_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+"""Layers of a CLIP text encoder that get an adapter."""
+PARTS = ("unet", "text_encoder", "text_encoder_2")
+"""Components of a pipeline that can carry an adapter."""
 
 
-def add_lora(denoiser: UNet2DConditionModel, rank: int, alpha: float, targets: str, seed: int) -> None:
+def add_lora(
+    denoiser: UNet2DConditionModel, rank: int, alpha: float, targets: str, seed: int, *, use_dora: bool = False, use_rslora: bool = False
+) -> None:
     """Attach a trainable adapter named "default": A Gaussian, B zero, so that the policy starts as the reference.
 
-    targets: a key of TARGETS or layer names separated by commas. Raises ValueError when a name matches no layer.
+    targets: a key of TARGETS or layer names separated by commas. use_dora: magnitude and direction apart (arXiv:2402.09353), the
+    magnitude starts as the norm of the base weight. use_rslora: scale alpha / sqrt(rank) in place of alpha / rank
+    (arXiv:2312.03732). Raises ValueError when a name matches no layer.
     """
     names = list(TARGETS.get(targets, tuple(t.strip() for t in targets.split(",") if t.strip())))
     layers = [name for name, _ in denoiser.named_modules()]
@@ -34,22 +45,72 @@ def add_lora(denoiser: UNet2DConditionModel, rank: int, alpha: float, targets: s
             f"lora_targets {targets!r}: no layer of the UNet is called {missing or 'so'}; "
             f"use {', '.join(TARGETS)} or layer names such as to_q,to_k"
         )
+    _attach(denoiser, LoraConfig(target_modules=names, **_options(rank, alpha, use_dora, use_rslora)), seed)
+
+
+def add_text_lora(
+    encoders: Sequence[nn.Module], depths: Sequence[int], rank: int, alpha: float, seed: int, *, use_rslora: bool = False
+) -> None:
+    """Attach an adapter to the attention of the first `depths` layers of each text encoder, as `add_lora` does to the UNet.
+
+    Later layers do not reach the UNet: their adapters would get no gradient. Never DoRA: diffusers drops the magnitudes of text
+    encoders when it loads the file (measured with diffusers 0.42 and transformers 5.23).
+    """
+    for number, (encoder, depth) in enumerate(zip(encoders, depths, strict=True)):
+        options = _options(rank, alpha, False, use_rslora)
+        config = LoraConfig(target_modules=list(TEXT_ATTENTION), layers_to_transform=list(range(depth)), **options)
+        _attach(encoder, config, seed + 1 + number)
+
+
+def _options(rank: int, alpha: float, use_dora: bool, use_rslora: bool) -> dict[str, object]:
+    return {"r": rank, "lora_alpha": alpha, "init_lora_weights": "gaussian", "use_dora": use_dora, "use_rslora": use_rslora}
+
+
+def _attach(module: nn.Module, config: LoraConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=names, init_lora_weights="gaussian")
-        denoiser.add_adapter(config)
+        module.add_adapter(config)  # type: ignore[operator]
+
+
+def adapted_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """The components of a pipeline that carry an adapter, by name."""
+    parts = {name: getattr(pipeline, name, None) for name in PARTS}
+    return {name: part for name, part in parts.items() if getattr(part, "peft_config", None)}
 
 
 def save_lora(pipeline: DiffusionPipeline, folder: Path) -> None:
-    """Write pytorch_lora_weights.safetensors with its alpha and rank to `folder`; `pipe.load_lora_weights(folder)` reads it.
+    """Write pytorch_lora_weights.safetensors to `folder`; `pipe.load_lora_weights(folder)` reads it.
 
-    All names stay in PEFT's form: diffusers looks at the first name only, and its own older form exists for attention layers
-    alone, so that a file with both would lose the attention layers in silence.
+    Beside the weights it holds alpha, rank and variant of every part as metadata: without it rsLoRA, DoRA and an alpha other than
+    the rank would load as another adapter. All names stay in PEFT's form: diffusers looks at the first name only, and its own
+    older form exists for attention layers alone, so that a file with both would lose the attention layers in silence.
     """
-    layers = get_peft_model_state_dict(pipeline.unet)
-    type(pipeline).save_lora_weights(folder, unet_lora_layers=layers, **_collate_lora_metadata({"unet": pipeline.unet}))
+    parts = adapted_parts(pipeline)
+    layers = {f"{name}_lora_layers": _named_as_published(part) for name, part in parts.items()}
+    type(pipeline).save_lora_weights(folder, **layers, **_collate_lora_metadata(parts))
 
 
-def trainable_state(denoiser: nn.Module) -> dict[str, Tensor]:
+def _named_as_published(part: nn.Module) -> dict[str, Tensor]:
+    """The adapter's tensors. CLIP encoders lost a level of names in transformers 5; files keep it, which both generations read."""
+    layers = get_peft_model_state_dict(part)
+    if isinstance(part, UNet2DConditionModel) or hasattr(part, "text_model"):
+        return layers
+    return {f"text_model.{name}": x for name, x in layers.items()}
+
+
+@torch.no_grad()
+def merged_copy(part: nn.Module) -> nn.Module:
+    """A copy of a component with its adapter added to the weights and removed."""
+    part = copy.deepcopy(part)
+    for layer in part.modules():
+        if isinstance(layer, BaseTunerLayer):
+            layer.merge()
+    recurse_remove_peft_layers(part)
+    del part.peft_config
+    part._hf_peft_config_loaded = False  # type: ignore[assignment]  # else save_pretrained would write an adapter
+    return part
+
+
+def trainable_state(module: nn.Module) -> dict[str, Tensor]:
     """The trained parameters by name, without a copy."""
-    return {name: p for name, p in denoiser.named_parameters() if p.requires_grad}
+    return {name: p for name, p in module.named_parameters() if p.requires_grad}

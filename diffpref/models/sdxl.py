@@ -16,6 +16,12 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
     return [pipeline.text_encoder, pipeline.text_encoder_2]
 
 
+def text_depths(pipeline: DiffusionPipeline) -> list[int]:
+    """How many layers of each text encoder the UNet's input depends on: the first one's last layer is never used."""
+    first, second = text_encoders(pipeline)
+    return [first.config.num_hidden_layers - 1, second.config.num_hidden_layers]
+
+
 def predictor(denoiser: nn.Module) -> Predict:
     """The UNet as a function over (G, K, ...); cond needs pooled_prompt_embeds and time_ids."""
 
@@ -28,25 +34,37 @@ def predictor(denoiser: nn.Module) -> Predict:
     return predict
 
 
-@torch.no_grad()
-def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
-    """N prompts to prompt_embeds (N, 1, L, D1 + D2), the penultimate states, and the second encoder's pooled vector (N, 1, P)."""
-    states = []
-    pooled = torch.empty(0)
-    for tokenizer, encoder in (
-        (pipeline.tokenizer, pipeline.text_encoder),
-        (pipeline.tokenizer_2, pipeline.text_encoder_2),
-    ):
-        ids = tokenizer(
+def tokenize(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Tensor:
+    """Token ids (N, 2, L) of N prompts for both encoders."""
+    ids = [
+        tokenizer(
             list(prompts), padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
         ).input_ids
-        out = encoder(ids.to(encoder.device), output_hidden_states=True)
-        states.append(out.hidden_states[-2])
-        pooled = out[0]
-    return Conditioning(torch.cat(states, -1)[:, None], pooled[:, None])
+        for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
+    ]
+    return torch.stack(ids, 1)
+
+
+def encode(encoders: Sequence[nn.Module], token_ids: Tensor) -> Conditioning:
+    """Token ids (N, 2, L) to prompt_embeds (N, 1, L, D1 + D2), the penultimate states, and the second encoder's pooled (N, 1, P)."""
+    outs = [encoder(ids.to(encoder.device), output_hidden_states=True) for encoder, ids in zip(encoders, token_ids.unbind(1), strict=True)]
+    states = torch.cat([out.hidden_states[-2] for out in outs], -1)
+    return Conditioning(states[:, None], outs[-1][0][:, None])
+
+
+@torch.no_grad()
+def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Conditioning:
+    """N prompts to prompt_embeds (N, 1, L, D1 + D2) and pooled_prompt_embeds (N, 1, P)."""
+    return encode(text_encoders(pipeline), tokenize(pipeline, prompts))
 
 
 def null_prompt(pipeline: DiffusionPipeline) -> Conditioning:
     """What the pipeline uses for an empty prompt: zeros if its config says so (SDXL base), else the encoded empty string."""
     empty = encode_prompts(pipeline, [""])
     return empty.map(torch.zeros_like) if pipeline.config.force_zeros_for_empty_prompt else empty
+
+
+def null_ids(pipeline: DiffusionPipeline) -> Tensor:
+    """Token ids (1, 2, L) of the empty string, or -1 where the pipeline's empty prompt is zeros."""
+    ids = tokenize(pipeline, [""])
+    return torch.full_like(ids, -1) if pipeline.config.force_zeros_for_empty_prompt else ids

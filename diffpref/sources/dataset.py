@@ -119,7 +119,8 @@ def split(cond: Conditioning) -> list[Conditioning]:
     def row(i: int) -> Conditioning:
         return cond.map(lambda x: x[i : i + 1])
 
-    return [row(i) for i in range(len(cond.prompt_embeds))]
+    (size,) = {len(x) for f in fields(cond) if (x := getattr(cond, f.name)) is not None}
+    return [row(i) for i in range(size)]
 
 
 def join(rows: Sequence[Conditioning]) -> Conditioning:

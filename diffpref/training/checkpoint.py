@@ -3,6 +3,8 @@
 A checkpoint is written into a hidden folder, listed in a manifest with sizes and SHA-256, flushed to disk and renamed. A
 kill or a full disk at any moment therefore leaves the newest complete one in place; the oldest is removed afterwards.
 Nothing is unpickled, and no generator state is needed: every draw of the run is keyed (core/random.py).
+
+A checkpoint holds what is trained; with early stopping best-<step> holds the weights of the best validation, in the same format.
 """
 
 from __future__ import annotations
@@ -30,7 +32,37 @@ def save_checkpoint(
 
     Raises OSError when the disk is full, after removing what was begun, and FloatingPointError for a non-finite tensor.
     """
-    final, hidden = run_folder / f"checkpoint-{step}", run_folder / f".tmp-checkpoint-{step}-{os.getpid()}"
+    final = write_folder(run_folder / f"checkpoint-{step}", step, tensors, state)
+    for old in checkpoints(run_folder)[: -keep if keep else 0]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def save_best(run_folder: Path, step: int, weights: Mapping[str, Tensor], state: Mapping[str, Any]) -> Path:
+    """Write best-<step> as `save_checkpoint` does, then remove the best one before it. Raises as `save_checkpoint` does."""
+    final = write_folder(run_folder / f"best-{step}", step, {"weights": weights}, state)
+    for old in run_folder.glob("best-*"):
+        if old != final:
+            shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def drop_best_after(run_folder: Path, step: int) -> None:
+    """Remove best-<later step>: a run that continues from `step` has not seen it yet."""
+    for folder in run_folder.glob("best-*"):
+        if folder.name.removeprefix("best-").isdigit() and int(folder.name.removeprefix("best-")) > step:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def load_best(run_folder: Path, step: int) -> dict[str, Tensor] | None:
+    """The weights of best-<step>; None if it is damaged or gone."""
+    folder = run_folder / f"best-{step}"
+    return load_checkpoint(folder)[0]["weights"] if is_complete(folder) else None
+
+
+def write_folder(final: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    """Write a folder that is complete or not there; one that is there and complete stays as it is."""
+    run_folder, hidden = final.parent, final.with_name(f".tmp-{final.name}-{os.getpid()}")
     if is_complete(final):
         return final
     for part, named in tensors.items():
@@ -40,7 +72,7 @@ def save_checkpoint(
     try:
         hidden.mkdir(parents=True)
         for part, named in tensors.items():
-            save_file({name: x.detach().cpu().contiguous() for name, x in named.items()}, hidden / f"{part}.safetensors")
+            save_file(_separate(named), hidden / f"{part}.safetensors")
         (hidden / "trainer_state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in sorted(hidden.iterdir())}
         (hidden / _MANIFEST).write_text(json.dumps(files, indent=1))
@@ -52,9 +84,17 @@ def save_checkpoint(
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
         raise
-    for old in checkpoints(run_folder)[: -keep if keep else 0]:
-        shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """On the CPU, each with memory of its own: parameters may share a table, which safetensors refuses to write twice."""
+    found, seen = {}, set()
+    for name, x in named.items():
+        x = x.detach().cpu().contiguous()
+        found[name] = x.clone() if x.data_ptr() in seen else x
+        seen.add(x.data_ptr())
+    return found
 
 
 def checkpoints(run_folder: Path) -> list[Path]:
@@ -78,7 +118,7 @@ def find_checkpoint(run_folder: Path, wanted: str) -> tuple[Path | None, list[st
     "latest" is the newest complete one, None if there is none at all; a path or a name must exist and be complete. Damaged
     folders are renamed to bad-... . Raises ValueError when the wanted one is unusable or all are damaged.
     """
-    for left in run_folder.glob(".tmp-checkpoint-*"):
+    for left in (*run_folder.glob(".tmp-checkpoint-*"), *run_folder.glob(".tmp-best-*")):
         shutil.rmtree(left, ignore_errors=True)
     if wanted != "latest":
         folder = Path(wanted) if Path(wanted).is_dir() else run_folder / wanted
@@ -111,12 +151,44 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
 
 
 def optimizer_tensors(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state as `<parameter>/<entry>` -> tensor."""
-    return {f"{name}/{key}": x for name, p in named.items() for key, x in optimizer.state.get(p, {}).items() if isinstance(x, Tensor)}
+    """The tensors of the optimizer's state as `<parameter>/<entry>`, quantised ones as `<parameter>/<entry>.<part>`."""
+    found = {}
+    for name, p in named.items():
+        for key, x in optimizer.state.get(p, {}).items():
+            if isinstance(x, Tensor):
+                found |= {f"{name}/{key}{part}": inner for part, inner in _inner(x).items()}
+    return found
 
 
-def restore(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, tensors: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Copy weights and optimizer state into the existing parameters.
+def optimizer_numbers(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The rest of the optimizer's state for JSON: counters per parameter, and what it keeps in its groups beside the rates."""
+    counters = {f"{name}/{key}": x for name, p in named.items() for key, x in optimizer.state.get(p, {}).items() if _is_number(x)}
+    groups = [{key: x for key, x in group.items() if key not in ("params", *_RATES)} for group in optimizer.param_groups]
+    assert not any(isinstance(x, Tensor) for group in groups for x in group.values()), "a tensor in a group would be lost"
+    return {"counters": counters, "groups": [{key: x for key, x in group.items() if _is_number(x)} for group in groups]}
+
+
+_RATES = ("lr", "initial_lr")  # the schedule's
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, bool | int | float)
+
+
+def _inner(x: Tensor) -> dict[str, Tensor]:
+    """The plain tensors that a tensor is made of: itself, or the codes and scales of a quantised one."""
+    if not hasattr(x, "__tensor_flatten__"):
+        return {"": x}
+    return {f".{name}": getattr(x, name) for name in x.__tensor_flatten__()[0]}
+
+
+def restore(
+    named: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    numbers: Mapping[str, Any] | None = None,
+) -> None:
+    """Copy weights and optimizer state into the existing parameters; numbers: as `optimizer_numbers` gave them.
 
     Raises ValueError unless checkpoint and model have exactly the same trainable tensors.
     """
@@ -131,8 +203,26 @@ def restore(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer, tenso
             p.copy_(weights[name])
     for key, value in moments.items():
         name, _, entry = key.rpartition("/")
-        p = named[name]
-        optimizer.state[p][entry] = value.clone() if value.ndim == 0 else value.to(p.device)
+        _put(optimizer, named[name], entry, value)
+    numbers = numbers or {"counters": {}, "groups": []}
+    for key, number in numbers["counters"].items():
+        name, _, entry = key.rpartition("/")
+        optimizer.state[named[name]][entry] = number
+    for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=False):
+        group.update({key: x for key, x in saved.items() if key in group})
+
+
+def _put(optimizer: torch.optim.Optimizer, p: Tensor, entry: str, value: Tensor) -> None:
+    """Set one entry of a parameter's state. Step counters stay on the CPU unless the kernel reads them on the device."""
+    state, group = optimizer.state[p], optimizer.param_groups[0]
+    entry, _, part = entry.partition(".")
+    if part:
+        if entry not in state:  # torchao's own way to make an empty quantised moment; the first moment has a sign
+            state[entry] = optimizer._new_buffer(p, entry == "exp_avg")  # type: ignore[attr-defined]
+        getattr(state[entry], part).copy_(value)
+    else:
+        on_cpu = entry == "step" and not (group.get("fused") or group.get("capturable"))
+        state[entry] = value.clone() if on_cpu else value.to(p.device)
 
 
 def _digest(path: Path) -> str:

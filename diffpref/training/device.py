@@ -1,27 +1,37 @@
-"""The processes and the device of a run."""
+"""The processes, the device and the precision of a run."""
 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
+from accelerate.utils import ProjectConfiguration
 
+from diffpref.models.attention import check_xformers
 from diffpref.training.config import TrainConfig
+from diffpref.training.trackers import tracker_names
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def new_accelerator(config: TrainConfig) -> Accelerator:
     """Raises ValueError for settings that this machine cannot run, and for ranks that do not know of each other."""
+    logs = Path(str(config.output_dir)) / config.logging_dir
     on_cpu = not torch.cuda.is_available()  # also on a Mac, whose GPU has no float64 for the noise tables
-    if (config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) == "fp16" and on_cpu:
-        raise ValueError("mixed_precision is fp16, which needs a GPU; on a CPU use no or bf16")
-    trackers = None if config.report_to == "none" else config.report_to
-    try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=on_cpu, log_with=trackers, project_dir=config.output_dir)
-    except ValueError as error:
-        raise ValueError(f"report_to {config.report_to!r}: {error}; install it with pip install diffpref[trackers], or use none") from error
-    if trackers and not accelerator.log_with:
-        raise ValueError(f"report_to {config.report_to!r} is not installed; install it with pip install diffpref[trackers], or use none")
+    precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
+    check_precision(config, precision, on_cpu)
+    if config.attention == "xformers":
+        check_xformers(DTYPES.get(precision, torch.float32))
+    torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
+    accelerator = Accelerator(
+        mixed_precision=config.mixed_precision,
+        cpu=on_cpu,
+        log_with=tracker_names(config.report_to) or None,
+        project_config=ProjectConfiguration(config.output_dir, logging_dir=str(logs)),
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # no buffer changes, and not every rank runs every forward
+    )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(
             f"the launcher asks for {accelerator.distributed_type.value}, which is not supported; use one process or plain data parallel"
@@ -34,6 +44,28 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
+def check_precision(config: TrainConfig, precision: str, on_cpu: bool) -> None:
+    """Raises ValueError for a precision that the device computes not at all, or only by emulation."""
+    if on_cpu:
+        if precision == "fp16":
+            raise ValueError("mixed_precision is fp16, which needs a GPU; on a CPU use no or bf16")
+        if config.allow_tf32:
+            raise ValueError("allow_tf32 is true, but there is no GPU; leave it out")
+        return
+    if torch.cuda.is_bf16_supported(including_emulation=False):  # such cards have TF32 too
+        return
+    name = torch.cuda.get_device_name()
+    if precision == "bf16":
+        raise ValueError(f"mixed_precision is bf16, which {name} only emulates; use fp16, where the loss is scaled against underflow")
+    if config.allow_tf32:
+        raise ValueError(f"allow_tf32 is true, but {name} has no TF32; leave it out, or use mixed_precision fp16")
+
+
 def pairs_per_update(config: TrainConfig, accelerator: Accelerator) -> int:
     """Pairs behind one optimizer step, all ranks together."""
     return config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+
+
+def effective_learning_rate(config: TrainConfig, accelerator: Accelerator) -> float:
+    """The rate that the optimizer uses: learning_rate, with scale_lr times the pairs per update."""
+    return config.learning_rate * (pairs_per_update(config, accelerator) if config.scale_lr else 1)

@@ -1,25 +1,71 @@
-"""Optimizer and schedule of a run."""
+"""Optimizer and schedule of a run. All but AdamW and Adafactor come from packages that are imported when they are asked for."""
 
 from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import Adafactor
 
 from diffpref.training.config import TrainConfig
 
+_PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_4bit": "torchao", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
+"""What an optimizer needs beside torch and transformers."""
 
-def new_optimizer(config: TrainConfig, trainable: dict[str, Tensor]) -> torch.optim.Optimizer:
-    """AdamW in one fused kernel."""
-    return torch.optim.AdamW(
-        trainable.values(),
-        lr=config.learning_rate,
-        betas=(config.adam_beta1, config.adam_beta2),
-        weight_decay=config.adam_weight_decay,
-        eps=config.adam_epsilon,
-        fused=True,
-    )
+
+def check_optimizer(config: TrainConfig) -> str | None:
+    """What the user should know about the choice of optimizer, or None; costs nothing, so call it before a model is loaded.
+
+    Raises ValueError for a package that is missing, and for settings that would be ignored or work against the optimizer.
+    """
+    if config.optimizer in _PACKAGES:
+        _package(config.optimizer)
+    if config.optimizer == "schedule_free":
+        if not config.lr_scheduler.startswith("constant"):
+            raise ValueError(
+                f"lr_scheduler is {config.lr_scheduler}, but schedule_free replaces decay by averaging; use constant_with_warmup or constant"
+            )
+        if config.use_ema:
+            raise ValueError("use_ema is true, but schedule_free validates and exports an average of its own; drop use_ema")
+    if config.optimizer == "prodigy" and config.learning_rate < 0.1:
+        return f"prodigy finds the rate itself and multiplies it by learning_rate, which is {config.learning_rate:g}; 1.0 is usual"
+    return None
+
+
+def new_optimizer(config: TrainConfig, trainable: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
+    """The optimizer of `config` over the trained tensors at the effective learning rate. All but AdamW's own settings are the papers'."""
+    common: dict[str, Any] = {"lr": rate, "weight_decay": config.adam_weight_decay}
+    adam = common | {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
+    if config.optimizer == "adafactor":  # the rate is ours, as in the published SDXL runs
+        return Adafactor(trainable, scale_parameter=False, relative_step=False, warmup_init=False, clip_threshold=1.0, **common)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(trainable, fused=True, **adam)
+    package = _package(config.optimizer)
+    if config.optimizer == "adamw_8bit":
+        return package.optim.AdamW8bit(trainable, **adam)
+    if config.optimizer == "adamw_4bit":
+        return importlib.import_module("torchao.optim").AdamW4bit(trainable, **adam)
+    if config.optimizer == "schedule_free":
+        return package.AdamWScheduleFree(trainable, **adam)
+    with contextlib.redirect_stdout(io.StringIO()):  # it announces its weight decay
+        return package.Prodigy(trainable, use_bias_correction=True, safeguard_warmup=True, **adam)
+
+
+def _package(optimizer: str) -> ModuleType:
+    try:
+        return importlib.import_module(_PACKAGES[optimizer])
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer is {optimizer}, which needs {_PACKAGES[optimizer]} ({error}); pip install diffpref[optim], or use adamw"
+        ) from error
 
 
 def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
@@ -28,12 +74,31 @@ def unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
 
 
 def new_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> LambdaLR:
-    """The learning rate over optimizer steps; never prepared by accelerate, which would step it once per process."""
-    return get_scheduler(
-        config.lr_scheduler,
-        optimizer,
-        num_warmup_steps=config.lr_warmup_steps,
-        num_training_steps=config.max_train_steps,
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
-    )
+    """The learning rate over optimizer steps; never prepared by accelerate, which would step it once per process.
+
+    Raises ValueError for a rate that the polynomial schedule cannot lower to its end of 1e-7.
+    """
+    try:
+        return get_scheduler(
+            config.lr_scheduler,
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_training_steps=config.max_train_steps,
+            num_cycles=config.lr_num_cycles,
+            power=config.lr_power,
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"lr_scheduler is {config.lr_scheduler} and the rate is {optimizer.defaults['lr']:g}: {error}; raise learning_rate, or use cosine"
+        ) from error
+
+
+def move_schedule(scheduler: LambdaLR, optimizer: torch.optim.Optimizer, step: int) -> None:
+    """Put the schedule and the optimizer's rates where they stand after `step` optimizer steps."""
+    scheduler.last_epoch = step
+    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
+        if isinstance(group["lr"], Tensor):  # torchao's, which it wants to be filled
+            group["lr"].fill_(base * factor(step))
+        else:
+            group["lr"] = base * factor(step)
+    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

@@ -1,8 +1,10 @@
-"""Ending a run early without losing a step: signals, and updates that are not finite."""
+"""Ending a run early without losing a step: signals, updates that are not finite, and validations that no longer improve."""
 
 from __future__ import annotations
 
+import math
 import signal
+from dataclasses import dataclass
 from types import FrameType, TracebackType
 
 EXIT_CODES = {signal.SIGTERM: 143, signal.SIGINT: 130, signal.SIGUSR1: 143}
@@ -22,6 +24,40 @@ class Stopped(Exception):
 
 class NotFinite(Exception):
     """Too many losses or gradients in a row were not finite."""
+
+
+@dataclass
+class EarlyStopping:
+    """Counts validations without a better value; higher is better. Its numbers are part of the checkpoint."""
+
+    patience: int
+    key: str
+    """Name of the value among a validation's results."""
+    best: float = -math.inf
+    best_step: int = 0
+    waited: int = 0
+
+    def improves(self, step: int, value: float) -> bool:
+        """Take the value of a validation; whether it is the best so far. A value that is not finite never is."""
+        better = math.isfinite(value) and value > self.best
+        self.waited = 0 if better else self.waited + 1
+        if better:
+            self.best, self.best_step = value, step
+        return better
+
+    @property
+    def is_over(self) -> bool:
+        """Whether patience has run out."""
+        return self.waited >= self.patience
+
+    def state(self) -> dict[str, float | int | None]:
+        """For JSON."""
+        return {"best": self.best if self.best_step else None, "best_step": self.best_step, "waited": self.waited}
+
+    def restore(self, state: dict[str, float | int | None]) -> None:
+        """Continue from `state`."""
+        self.best = -math.inf if state["best"] is None else float(state["best"])
+        self.best_step, self.waited = int(state["best_step"] or 0), int(state["waited"] or 0)
 
 
 class StopSignals:

@@ -1,7 +1,12 @@
-"""What is looked at while training: accuracy on held-out pairs by noise level, and pictures beside the base model's."""
+"""What is looked at while training: accuracy on held-out pairs by noise level, and pictures beside the base model's.
+
+Both use the weights that will be exported: the moving average or the optimizer's own, where there is one.
+"""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,55 +14,101 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
 
+from diffpref.core.process import DdpmProcess
 from diffpref.core.types import Predict, PreferenceBatch
 from diffpref.data.loader import PairPixels
 from diffpref.data.pairs import PairDataset
 from diffpref.evaluation.generate import Images, contact_sheet, generate
-from diffpref.models.backbone import Backbone
 from diffpref.scorers.implicit import ImplicitReward, pair_accuracy
 from diffpref.sources.dataset import Encoder, from_disk
 from diffpref.training.config import TrainConfig
 
 PICTURE_STEPS = 20
 PICTURE_GUIDANCE = 5.0
+SHEET_COLUMNS = 8
+"""Pictures in a row of the sheet; the scorer sees all of them."""
+
+Scorer = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]
+"""(N pictures, N prompts) -> float32 (N,), higher is better."""
 
 
 @dataclass
 class Validation:
-    """Pictures in validation/step_<n>.png, base above and policy below, and accuracy on held-out pairs if there are any."""
+    """Pictures in validation/step_<n>.png, base above and policy below, their scores, and accuracy on held-out pairs."""
 
     folder: Path
     pipeline: DiffusionPipeline
     prompts: list[str]
     base_pictures: Images
+    scorer_name: str = ""
+    scorer: Scorer | None = None
+    base_score: float = 0.0
     accuracy: HeldOut | None = None
 
     @classmethod
-    def start(cls, config: TrainConfig, folder: Path, pipeline: DiffusionPipeline, held_out: PairDataset | None) -> Validation:
-        """Draw the base pictures; call it while the UNet still is the base model, before a checkpoint is loaded into it."""
+    def start(cls, config: TrainConfig, folder: Path, pipeline: DiffusionPipeline, held_out: PairDataset | None, device: Any) -> Validation:
+        """Draw the base pictures; call it while the UNet still is the base model and computes as it will in training.
+
+        Raises ValueError for a validation_scorer that cannot be loaded.
+        """
         prompts = list(config.validation_prompts) or (list(dict.fromkeys(held_out.prompts)) if held_out else [])
         prompts = prompts[: config.num_validation_images]
-        return cls(folder / "validation", pipeline, prompts, _pictures(pipeline, prompts))
+        made = cls(folder / "validation", pipeline, prompts, np.zeros((0, 1, 1, 3), np.uint8))
+        if config.validation_scorer:
+            made.scorer_name, made.scorer = load_scorer(config.validation_scorer, device)
+        made.base_pictures = made.draw()
+        made.base_score = made._score(made.base_pictures)
+        return made
 
-    def draw(self, step: int) -> None:
-        """Write step_<n>.png."""
-        if self.prompts:
-            self.folder.mkdir(exist_ok=True)
-            sheet = contact_sheet([self.base_pictures, _pictures(self.pipeline, self.prompts)], _enlarge(self.base_pictures))
-            sheet.save(self.folder / f"step_{step}.png")
+    def draw(self) -> Images:
+        """One picture per prompt, uint8 (N, H, W, 3), by the pipeline as it is now; the same seeds every time."""
+        if not self.prompts:
+            return self.base_pictures
+        was_training = self.pipeline.unet.training
+        self.pipeline.unet.eval()
+        pictures = generate(
+            self.pipeline,
+            self.prompts,
+            range(len(self.prompts)),
+            num_inference_steps=PICTURE_STEPS,
+            guidance_scale=PICTURE_GUIDANCE,
+            batch_size=4,
+        )
+        self.pipeline.unet.train(was_training)
+        return pictures
+
+    def look(self, step: int) -> tuple[dict[str, Any], Images]:
+        """Draw, score and write step_<n>.png; (scores, pictures)."""
+        pictures = self.draw()
+        if not len(pictures):
+            return {}, pictures
+        self.folder.mkdir(exist_ok=True)
+        rows = [self.base_pictures[:SHEET_COLUMNS], pictures[:SHEET_COLUMNS]]
+        contact_sheet(rows, _enlarge(pictures)).save(self.folder / f"step_{step}.png")
+        if self.scorer is None:
+            return {}, pictures
+        name = f"eval/{self.scorer_name}"
+        return {f"{name}/mean": self._score(pictures), f"{name}/base_mean": self.base_score}, pictures
+
+    def _score(self, pictures: Images) -> float:
+        """Mean score of the pictures."""
+        if self.scorer is None:
+            return 0.0
+        scores = self.scorer([Image.fromarray(picture) for picture in pictures], self.prompts)
+        return float(scores.float().mean())
 
 
-def _pictures(pipeline: DiffusionPipeline, prompts: list[str]) -> Images:
-    if not prompts:
-        return np.zeros((0, 1, 1, 3), np.uint8)
-    was_training = pipeline.unet.training
-    pipeline.unet.eval()
-    pictures = generate(
-        pipeline, prompts, range(len(prompts)), num_inference_steps=PICTURE_STEPS, guidance_scale=PICTURE_GUIDANCE, batch_size=4
-    )
-    pipeline.unet.train(was_training)
-    return pictures
+def load_scorer(spec: str, device: Any) -> tuple[str, Scorer]:
+    """(name for the log, scorer) of a validation_scorer: a name, or name=weights. Raises ValueError when there is no such scorer."""
+    name = spec.partition("=")[0]
+    scorers = importlib.import_module("diffpref.scorers")
+    try:
+        return name, scorers.scorer_from(spec, device=device)
+    except ValueError as error:
+        raise ValueError(f"validation_scorer {spec!r}: {error}") from error
 
 
 def _enlarge(pictures: Images) -> int:
@@ -73,12 +124,16 @@ class HeldOut:
     batches: list[PreferenceBatch]
 
     @classmethod
-    def build(cls, backbone: Backbone, reference: Predict, pixels: PairPixels, encoder: Encoder, batch_size: int) -> HeldOut:
-        """Encode the held-out pairs once; ties have no right answer and are left out."""
+    def build(
+        cls, policy: Predict, reference: Predict, process: DdpmProcess, pixels: PairPixels, encoder: Encoder, batch_size: int
+    ) -> HeldOut:
+        """Encode the held-out pairs once; ties have no right answer and are left out.
+
+        policy, reference: of the bare modules, as one process alone asks them.
+        """
         wanted = [i for i, p in enumerate(pixels.pairs.p0) if p != 0.5]
         chunks = pixels.chunks(wanted, batch_size)
-        policy = backbone.predictor(backbone.denoiser)
-        return cls(ImplicitReward(policy, reference, backbone.process), list(from_disk(pixels, lambda: chunks, encoder)))
+        return cls(ImplicitReward(policy, reference, process), list(from_disk(pixels, lambda: chunks, encoder)))
 
     def __call__(self) -> dict[str, Any]:
         gains = torch.cat([self.reward.gains(batch).cpu() for batch in self.batches])
