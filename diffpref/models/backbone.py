@@ -17,7 +17,6 @@ from diffpref.models import sd, sdxl
 from diffpref.models.joint import TextAndUNet
 from diffpref.models.lora import add_text_lora
 
-
 FAMILIES = {"sd": sd, "sdxl": sdxl}
 
 

@@ -75,7 +75,7 @@ def _attach(module: nn.Module, config: LoraConfig, seed: int) -> None:
 def adapted_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """The components of a pipeline that carry an adapter, by name."""
     parts = {name: getattr(pipeline, name, None) for name in PARTS}
-    return {name: part for name, part in parts.items() if getattr(part, "peft_config", None)}
+    return {name: part for name, part in parts.items() if part is not None and getattr(part, "peft_config", None)}
 
 
 def save_lora(pipeline: DiffusionPipeline, folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from diffpref.core.types import Conditioning, Predict
 
 
-def text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
-    """The frozen text encoders of the pipeline."""
+def text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
+    """The text encoders of the pipeline, modules of transformers."""
     return [pipeline.text_encoder]
 
 
@@ -40,7 +41,7 @@ def tokenize(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Tensor:
     ).input_ids[:, None]
 
 
-def encode(encoders: Sequence[nn.Module], token_ids: Tensor) -> Conditioning:
+def encode(encoders: Sequence[Any], token_ids: Tensor) -> Conditioning:
     """Token ids (N, 1, L) to prompt_embeds (N, 1, L, D): the encoder's last hidden state."""
     (encoder,) = encoders
     return Conditioning(encoder(token_ids[:, 0].to(encoder.device))[0][:, None])

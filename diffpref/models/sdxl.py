@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from diffpref.core.types import Conditioning, Predict
 
 
-def text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
-    """The frozen text encoders of the pipeline."""
+def text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
+    """The text encoders of the pipeline, modules of transformers."""
     return [pipeline.text_encoder, pipeline.text_encoder_2]
 
 
@@ -45,7 +46,7 @@ def tokenize(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Tensor:
     return torch.stack(ids, 1)
 
 
-def encode(encoders: Sequence[nn.Module], token_ids: Tensor) -> Conditioning:
+def encode(encoders: Sequence[Any], token_ids: Tensor) -> Conditioning:
     """Token ids (N, 2, L) to prompt_embeds (N, 1, L, D1 + D2), the penultimate states, and the second encoder's pooled (N, 1, P)."""
     outs = [encoder(ids.to(encoder.device), output_hidden_states=True) for encoder, ids in zip(encoders, token_ids.unbind(1), strict=True)]
     states = torch.cat([out.hidden_states[-2] for out in outs], -1)

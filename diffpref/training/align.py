@@ -45,7 +45,8 @@ def align(config: TrainConfig, method: Method, notes: Sequence[str] = ()) -> Ali
         run.log.close()
     trained = time.perf_counter()
     if run.accelerator.is_main_process:
-        export(run.backbone.pipeline, run.folder, config.tune, config.merge_lora)
+        with run.exported():
+            export(run.backbone.pipeline, run.folder, config.tune, config.merge_lora)
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return Aligned(run.folder, run.accelerator.is_main_process, {"loading": loaded - start, "training": trained - loaded})

@@ -152,7 +152,7 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[st
 
 def optimizer_tensors(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """The tensors of the optimizer's state as `<parameter>/<entry>`, quantised ones as `<parameter>/<entry>.<part>`."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for name, p in named.items():
         for key, x in optimizer.state.get(p, {}).items():
             if isinstance(x, Tensor):

@@ -47,7 +47,7 @@ class TrainConfig:
     lora_targets: str = "attention"
     """UNet layers that get an adapter: attention, all, or layer names separated by commas."""
     use_dora: bool = False
-    """Train magnitude and direction of the adapted weights apart (DoRA)."""
+    """Train magnitude and direction of the adapted UNet weights apart (DoRA)."""
     use_rslora: bool = False
     """Scale the adapter by lora_alpha / sqrt(rank) in place of lora_alpha / rank."""
     train_text_encoder: bool = False
@@ -220,6 +220,8 @@ class TrainConfig:
             raise ValueError(
                 f"dataloader_num_workers is {self.dataloader_num_workers}, but cache_latents decodes nothing while training; drop one"
             )
+        _check_tuning(self)
+        _check_validation(self)
         if self.validation_steps and not (self.validation_prompts or self.held_out_pairs):
             raise ValueError(
                 f"validation_steps is {self.validation_steps}, but there is nothing to validate with: "
@@ -275,3 +277,38 @@ def _check_ranges(config: TrainConfig) -> None:
             raise ValueError(f"{name} is {value}; it is a share between 0 and 1")
     if not 0 <= config.seed < 2**63:
         raise ValueError(f"seed is {config.seed}; it must be a non-negative integer below 2**63")
+
+
+def _check_tuning(config: TrainConfig) -> None:
+    """Settings that the chosen way of training would ignore."""
+    for name in ("use_dora", "use_rslora", "train_text_encoder"):
+        if config.tune == "full" and getattr(config, name):
+            raise ValueError(f"{name} is true, but it is about LoRA adapters and tune is full; leave it out or use tune lora")
+    needed = {
+        "ema_decay": ("use_ema", config.use_ema),
+        "lr_num_cycles": ("lr_scheduler cosine_with_restarts", config.lr_scheduler == "cosine_with_restarts"),
+        "lr_power": ("lr_scheduler polynomial", config.lr_scheduler == "polynomial"),
+    }
+    for name, (what, present) in needed.items():
+        if not present and getattr(config, name) != getattr(TrainConfig, name):
+            raise ValueError(f"{name} is {getattr(config, name)}, which only {what} uses; leave it out or add that")
+
+
+def _check_validation(config: TrainConfig) -> None:
+    """Scorer and early stopping need validations with something to measure."""
+    patience, by_scorer = config.early_stopping_patience, config.early_stopping_metric == "scorer"
+    if config.validation_scorer and not config.validation_steps:
+        raise ValueError(f"validation_scorer is {config.validation_scorer!r}, but nothing is validated; add validation_steps")
+    if by_scorer and patience is None:
+        raise ValueError("early_stopping_metric is scorer, but nothing stops early; add early_stopping_patience or leave it out")
+    if patience is None:
+        return
+    if not config.validation_steps:
+        raise ValueError(f"early_stopping_patience is {patience}, but nothing is validated; add validation_steps")
+    if by_scorer and not config.validation_scorer:
+        raise ValueError("early_stopping_metric is scorer, but there is none; add validation_scorer")
+    if not by_scorer and not config.held_out_pairs:
+        raise ValueError(
+            f"early_stopping_patience is {patience} and early_stopping_metric implicit_accuracy, but no pairs are held out; "
+            "add held_out_pairs, or use early_stopping_metric scorer"
+        )

@@ -30,7 +30,8 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
         cpu=on_cpu,
         log_with=tracker_names(config.report_to) or None,
         project_config=ProjectConfiguration(config.output_dir, logging_dir=str(logs)),
-        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],  # no buffer changes, and not every rank runs every forward
+        # no buffer ever changes, and ranks may differ in the number of their forward passes
+        kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     if accelerator.distributed_type not in (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU):
         raise ValueError(

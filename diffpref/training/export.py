@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import shutil
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from diffpref.models.lora import save_lora
+from diffpref.models.lora import adapted_parts, merged_copy, save_lora
 
 
 def export(pipeline: DiffusionPipeline, folder: Path, tune: str, merge_lora: bool) -> None:
@@ -40,12 +39,9 @@ def export(pipeline: DiffusionPipeline, folder: Path, tune: str, merge_lora: boo
 
 @torch.no_grad()
 def merged(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """A pipeline that shares all parts but the UNet, a copy with the adapter added to its weights and removed."""
-    unet = copy.deepcopy(pipeline.unet)
-    unet.fuse_lora()
-    unet.unload_lora()
-    parts = dict(pipeline.components)
-    return type(pipeline)(**{**parts, "unet": unet}, **_flags(pipeline))
+    """A pipeline that shares all parts but those with an adapter: copies with the adapter added to their weights and removed."""
+    parts = {name: merged_copy(part) for name, part in adapted_parts(pipeline).items()}
+    return type(pipeline)(**{**pipeline.components, **parts}, **_flags(pipeline))
 
 
 def _flags(pipeline: DiffusionPipeline) -> dict[str, object]:

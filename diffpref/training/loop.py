@@ -30,7 +30,7 @@ def train(run: Run) -> None:
     config, accelerator = run.config, run.accelerator
     skipped = 0
     with StopSignals() as signals, closing(run.log.bar):  # what is said about the end then stands below the bar
-        for step in range(run.first_step, config.max_train_steps):
+        for step in run.steps():
             computing = 0.0
             seen: list[str] = []
             for micro_step in range(config.gradient_accumulation_steps):
@@ -53,7 +53,8 @@ def train(run: Run) -> None:
             skipped = count_skipped(run, step, values, seen, skipped)
             run.scheduler.step()
             run.log.write(step + 1, values)
-            finish_step(run, step + 1, signals.code)
+            if finish_step(run, step + 1, signals.code):
+                break
 
 
 def forward(run: Run, batch: PreferenceBatch) -> LossOutput:
@@ -71,6 +72,8 @@ def update(run: Run, loss: float) -> float:
     norm = float(norm) if isinstance(norm, Tensor) else 0.0
     if run.accelerator.scaler is not None or (math.isfinite(loss) and math.isfinite(norm)):  # fp16: the scaler skips and adapts
         run.optimizer.step()
+        if run.state.ema and not run.accelerator.optimizer_step_was_skipped:
+            run.state.ema.update(run.trainable)
     run.optimizer.zero_grad()
     return norm
 
@@ -106,14 +109,18 @@ def check_untouched(run: Run, out: LossOutput) -> None:
 
 
 @torch.no_grad()
-def finish_step(run: Run, step: int, code: int) -> None:
-    """Validate, save, and stop if a signal asked for it."""
+def finish_step(run: Run, step: int, code: int) -> bool:
+    """Validate, save, and stop if a signal asked for it; whether the run ends early because validations no longer improve."""
     config = run.config
     code = run.agree(code)
-    is_final = step == config.max_train_steps
-    if config.validation_steps and (step % config.validation_steps == 0 or is_final):
-        run.validate(step)
+    is_last, is_over = step == config.max_train_steps, False
+    if config.validation_steps and (step % config.validation_steps == 0 or is_last):
+        is_over = run.validate(step)
+    is_final = is_last or is_over
     saved = run.save(step) if step % config.checkpointing_steps == 0 or is_final or code else True
     if code and not is_final:
         what = f"stopped by a signal after step {step}" + ("" if saved else ", which could not be saved")
         raise Stopped(code, f"{what}; continue with --resume_from_checkpoint latest --output_dir {run.folder}")
+    if is_over and not is_last:
+        run.say(f"stopped after step {step}: {config.early_stopping_patience} validations in a row were not better than the best")
+    return is_over

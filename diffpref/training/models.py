@@ -5,37 +5,43 @@ from __future__ import annotations
 import copy
 
 import torch
-from diffusers import UNet2DConditionModel
+from torch import nn
 
 from diffpref.methods import Method
-from diffpref.models.backbone import Backbone, load_backbone
+from diffpref.models.attention import use_xformers
+from diffpref.models.backbone import Backbone, load_backbone, with_text_encoders
 from diffpref.models.lora import add_lora
 from diffpref.training.config import TrainConfig
 
 
-def load_models(config: TrainConfig, method: Method, device: torch.device) -> tuple[Backbone, UNet2DConditionModel | None]:
-    """The model with a trainable UNet, and the frozen copy that full training compares with, if the method needs one."""
+def load_models(config: TrainConfig, method: Method, device: torch.device) -> tuple[Backbone, nn.Module, nn.Module | None]:
+    """The model on its device, its trained module, and the frozen copy that full training compares with, if the method needs one."""
     backbone = load_backbone(str(config.pretrained_model_name_or_path), config.revision, config.variant)
     check_resolution(config, backbone)
-    denoiser = backbone.denoiser
-    make_trainable(config, denoiser)
-    reference = copy.deepcopy(denoiser) if config.tune == "full" and method.needs_reference else None
     backbone.pipeline.to(device)
-    if reference is not None:
-        reference.to(device)
+    if config.attention == "xformers":
+        use_xformers(backbone.denoiser)
+    backbone, module = make_trainable(config, backbone)
+    reference = copy.deepcopy(module) if config.tune == "full" and method.needs_reference else None
     if config.gradient_checkpointing:
-        denoiser.enable_gradient_checkpointing()
-    denoiser.eval()  # dropout would make policy and reference differ; even of probability 0 it changes memory layouts, and so rounding
-    return backbone, reference
+        backbone.denoiser.enable_gradient_checkpointing()
+    module.eval()  # dropout would make policy and reference differ; even of probability 0 it changes memory layouts, and so rounding
+    return backbone, module, reference
 
 
-def make_trainable(config: TrainConfig, denoiser: UNet2DConditionModel) -> None:
-    """Attach an adapter, or unfreeze the UNet."""
-    if config.tune == "lora":
-        alpha = config.rank if config.lora_alpha is None else config.lora_alpha
-        add_lora(denoiser, config.rank, alpha, config.lora_targets, config.seed)
-    else:
-        denoiser.requires_grad_(True)
+def make_trainable(config: TrainConfig, backbone: Backbone) -> tuple[Backbone, nn.Module]:
+    """Attach adapters, or unfreeze the UNet; the backbone whose predictor fits the trained module, and that module.
+
+    The model is on its device already: the norms that DoRA starts from are then those that its forward pass computes.
+    """
+    if config.tune == "full":
+        return backbone, backbone.denoiser.requires_grad_(True)
+    alpha = config.rank if config.lora_alpha is None else config.lora_alpha
+    denoiser, seed, rslora = backbone.denoiser, config.seed, config.use_rslora
+    add_lora(denoiser, config.rank, alpha, config.lora_targets, seed, use_dora=config.use_dora, use_rslora=rslora)
+    if not config.train_text_encoder:
+        return backbone, denoiser
+    return with_text_encoders(backbone, config.gradient_checkpointing, rank=config.rank, alpha=alpha, seed=seed, use_rslora=rslora)
 
 
 def check_resolution(config: TrainConfig, backbone: Backbone) -> int:

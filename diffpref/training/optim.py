@@ -21,8 +21,8 @@ _PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_4bit": "torchao", "prodigy": "
 """What an optimizer needs beside torch and transformers."""
 
 
-def check_optimizer(config: TrainConfig) -> str | None:
-    """What the user should know about the choice of optimizer, or None; costs nothing, so call it before a model is loaded.
+def check_optimizer(config: TrainConfig) -> list[str]:
+    """What the user should know about the choice of optimizer, in lines; costs nothing, so call it before a model is loaded.
 
     Raises ValueError for a package that is missing, and for settings that would be ignored or work against the optimizer.
     """
@@ -31,13 +31,17 @@ def check_optimizer(config: TrainConfig) -> str | None:
     if config.optimizer == "schedule_free":
         if not config.lr_scheduler.startswith("constant"):
             raise ValueError(
-                f"lr_scheduler is {config.lr_scheduler}, but schedule_free replaces decay by averaging; use constant_with_warmup or constant"
+                f"lr_scheduler is {config.lr_scheduler}, but schedule_free averages in place of decay; use constant_with_warmup or constant"
             )
         if config.use_ema:
             raise ValueError("use_ema is true, but schedule_free validates and exports an average of its own; drop use_ema")
+    if config.optimizer == "adafactor":
+        unused = [n for n in ("adam_beta1", "adam_beta2", "adam_epsilon") if getattr(config, n) != getattr(TrainConfig, n)]
+        if unused:
+            raise ValueError(f"{unused[0]} is {getattr(config, unused[0])}, but optimizer adafactor has no such setting; leave it out")
     if config.optimizer == "prodigy" and config.learning_rate < 0.1:
-        return f"prodigy finds the rate itself and multiplies it by learning_rate, which is {config.learning_rate:g}; 1.0 is usual"
-    return None
+        return [f"prodigy finds the rate itself and multiplies it by learning_rate, which is {config.learning_rate:g}; 1.0 is usual"]
+    return []
 
 
 def new_optimizer(config: TrainConfig, trainable: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:
@@ -89,7 +93,7 @@ def new_schedule(config: TrainConfig, optimizer: torch.optim.Optimizer) -> Lambd
         )
     except ValueError as error:
         raise ValueError(
-            f"lr_scheduler is {config.lr_scheduler} and the rate is {optimizer.defaults['lr']:g}: {error}; raise learning_rate, or use cosine"
+            f"lr_scheduler is {config.lr_scheduler} and the rate is {optimizer.defaults['lr']:g}: {error}; raise learning_rate"
         ) from error
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -20,18 +22,21 @@ from diffpref.core.types import Predict, PreferenceBatch
 from diffpref.data.sampler import PairSampler
 from diffpref.methods import Method
 from diffpref.models.backbone import Backbone
-from diffpref.models.lora import trainable_state
 from diffpref.paths.forward import ForwardNoising
 from diffpref.training import checkpoint
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import new_accelerator, pairs_per_update
+from diffpref.training.ema import exchanged
 from diffpref.training.models import load_models
-from diffpref.training.optim import new_optimizer, new_schedule, unwrapped
+from diffpref.training.optim import check_optimizer
 from diffpref.training.pairs import load_run_pairs
 from diffpref.training.run_folder import claim, open_folder
 from diffpref.training.run_log import RunLog
+from diffpref.training.settings import to_flat
 from diffpref.training.sources import held_out_accuracy, new_encoder, new_pixels, new_sampler, new_source
-from diffpref.training.validation import Validation
+from diffpref.training.state import TrainingState
+from diffpref.training.trackers import log_images, start_trackers
+from diffpref.training.validation import Validation, load_scorer
 
 
 @dataclass
@@ -43,12 +48,13 @@ class Run:
     accelerator: Accelerator
     folder: Path
     backbone: Backbone
-    wrapped: nn.Module  # the UNet as accelerate prepared it; every policy forward goes through it
+    wrapped: nn.Module  # the trained module as accelerate prepared it; every policy forward goes through it
     trainable: dict[str, Tensor]
     policy: Predict
     reference: Predict | None
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
+    state: TrainingState  # trainable, optimizer and scheduler, and what else a checkpoint holds
     source: Iterator[PreferenceBatch]
     log: RunLog
     validation: Validation | None
@@ -60,6 +66,11 @@ class Run:
     def process(self) -> DdpmProcess:
         """The noise process of the model."""
         return self.backbone.process
+
+    def steps(self) -> range:
+        """The steps that are left, counted from 0; none when the checkpoint is of a run that was stopped early."""
+        early = self.state.early_stopping
+        return range(self.first_step, self.first_step if early and early.is_over else self.config.max_train_steps)
 
     def say(self, text: str) -> None:
         """Print once, above the progress bar."""
@@ -76,14 +87,11 @@ class Run:
         """Write a checkpoint from the main process; a full disk is reported and training goes on. False if it was not written."""
         saved = True
         if self.accelerator.is_main_process:
-            tensors = {"weights": self.trainable, "optimizer": checkpoint.optimizer_tensors(self.trainable, unwrapped(self.optimizer))}
-            state = {
-                "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            tensors = self.state.tensors()
+            state = self.state.numbers() | {
                 "pairs_per_update": pairs_per_update(self.config, self.accelerator),
                 "data": self.data,
             }
-            if self.accelerator.scaler is not None:
-                state["scaler"] = self.accelerator.scaler.state_dict()
             try:
                 checkpoint.save_checkpoint(self.folder, step, tensors, state, self.config.checkpoints_total_limit)
             except (OSError, FloatingPointError) as error:
@@ -93,47 +101,81 @@ class Run:
         self.accelerator.wait_for_everyone()
         return saved
 
-    def validate(self, step: int) -> None:
-        """Held-out accuracy and pictures."""
+    def validate(self, step: int) -> bool:
+        """Held-out accuracy, pictures and their scores, by the weights that would be exported; whether to stop early, on all ranks."""
         if self.validation and self.accelerator.is_main_process:
-            self.validation.draw(step)  # outside autocast: SDXL's autoencoder overflows in fp16
-            if self.validation.accuracy:
-                with self.accelerator.autocast():  # the frozen copy is not wrapped, and must compute as the policy does
-                    found = self.validation.accuracy()
+            with self.state.evaluated():
+                found, pictures = self.validation.look(step)  # outside autocast: SDXL's autoencoder overflows in fp16
+                if self.validation.accuracy:
+                    with self.accelerator.autocast():  # the frozen copy is not wrapped, and must compute as the policy does
+                        found |= self.validation.accuracy()
+                found |= self.keep_best(step, found)
+            log_images(self.accelerator, step, {"validation/policy": pictures}, self.validation.prompts)
+            if found:
                 self.log.record(step, found)
         self.accelerator.wait_for_everyone()
+        early = self.state.early_stopping
+        return early is not None and bool(self.agree(int(early.is_over)))
+
+    def keep_best(self, step: int, found: Mapping[str, Any]) -> dict[str, Any]:
+        """Under early stopping: count this validation, write best-<step> if it is the best so far, and say where the best stands."""
+        early = self.state.early_stopping
+        if early is None:
+            return {}
+        if early.improves(step, found[early.key]):
+            try:
+                checkpoint.save_best(self.folder, step, self.trainable, {early.key: early.best})
+            except (OSError, FloatingPointError) as error:
+                self.say(f"best weights of step {step} not written ({getattr(error, 'strerror', None) or error}); training goes on")
+        return {"early_stopping/best": early.best, "early_stopping/best_step": early.best_step, "early_stopping/waited": early.waited}
+
+    @contextmanager
+    def exported(self) -> Iterator[None]:
+        """Within the block the model has the weights to export: of the best validation under early stopping, else the validated ones."""
+        early = self.state.early_stopping
+        best = checkpoint.load_best(self.folder, early.best_step) if early else None
+        if early and best is None:
+            self.say(f"best-{early.best_step} is damaged or gone; the last weights are exported")
+        elif early and best is not None:
+            self.say(f"exporting the weights of step {early.best_step}, the best validation: {early.key} {early.best:.4g}")
+        elif self.state.ema:
+            self.say(f"exporting the moving average of the weights (ema_decay {self.config.ema_decay:g})")
+        on_device = {name: x.to(self.trainable[name].device) for name, x in (best or {}).items()}
+        with exchanged(self.trainable, on_device) if best is not None else self.state.evaluated():
+            yield
 
 
 def prepare_run(config: TrainConfig, method: Method, notes: Sequence[str] = ()) -> Run:
     """Check, load and connect everything; the cheap checks come first. Raises ValueError for whatever the user can mend."""
+    notes = [*notes, *check_optimizer(config)]
     accelerator = new_accelerator(config)
     if accelerator.is_main_process:
         print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
     folder, resume = claim(config, method, accelerator)
+    check_early_stopping(config, method)
     pairs, held_out = load_run_pairs(config, accelerator.is_main_process)
-    backbone, reference_unet = load_models(config, method, accelerator.device)
-    denoiser = backbone.denoiser
+    scorer = load_scorer(config.validation_scorer, accelerator.device) if accelerator.is_main_process else None
+    backbone, module, frozen_copy = load_models(config, method, accelerator.device)
     pixels = new_pixels(config, pairs, backbone, accelerator.is_main_process)
     sampler = new_sampler(config, pixels)
     config = with_steps(config, sampler, accelerator)
-    trainable = trainable_state(denoiser)
+    state = TrainingState.start(config, module, accelerator)
+    wrapped, optimizer = accelerator.prepare(module, state.optimizer)
+    if module is not backbone.denoiser:
+        accelerator.prepare_model(backbone.denoiser, evaluation_mode=True)  # pictures are then drawn in the precision of training
     validation = None
     if config.validation_steps and accelerator.is_main_process:
-        validation = Validation.start(config, folder, backbone.pipeline, held_out)
-    optimizer = new_optimizer(config, trainable)
-    scheduler = new_schedule(config, optimizer)
-    first_step = restore(resume, trainable, optimizer, scheduler, config, accelerator, pairs.fingerprint)
-    wrapped, prepared = accelerator.prepare(denoiser, optimizer)
-    policy = backbone.predictor(wrapped)
-    reference = None
-    if method.needs_reference:
-        reference = frozen(backbone.predictor, reference_unet) if reference_unet is not None else adapter_off(denoiser, policy)
+        validation = Validation.start(config, folder, backbone.pipeline, held_out, scorer)
+    first_step = restore(resume, folder, state, config, accelerator, pairs.fingerprint)
+    policy, alone = backbone.predictor(wrapped), backbone.predictor(module)  # held-out pairs are one process's work
     encoder = new_encoder(config, backbone, accelerator.device)
     source = new_source(config, pixels, sampler, encoder, accelerator, first_step)
     open_folder(folder, config, method, pairs, accelerator, backbone, notes)
+    start_trackers(accelerator, config.tracker_project_name, to_flat(config, method), first_step)
     log = RunLog(accelerator, folder, config.max_train_steps, pairs_per_update(config, accelerator), first_step)
-    if validation and held_out is not None and reference is not None:
-        validation.accuracy = held_out_accuracy(config, held_out, backbone, reference, encoder)
+    if validation and held_out is not None and method.needs_reference:
+        reference = new_reference(backbone, module, frozen_copy, alone)
+        validation.accuracy = held_out_accuracy(config, held_out, backbone, alone, reference, encoder)
     return Run(
         config=config,
         method=method,
@@ -141,17 +183,23 @@ def prepare_run(config: TrainConfig, method: Method, notes: Sequence[str] = ()) 
         folder=folder,
         backbone=backbone,
         wrapped=wrapped,
-        trainable=trainable,
+        trainable=state.trainable,
         policy=policy,
-        reference=reference,
-        optimizer=prepared,
-        scheduler=scheduler,
+        reference=new_reference(backbone, module, frozen_copy, policy) if method.needs_reference else None,
+        optimizer=optimizer,
+        scheduler=state.scheduler,
+        state=state,
         source=source,
         log=log,
         validation=validation,
         data=pairs.fingerprint,
         first_step=first_step,
     )
+
+
+def new_reference(backbone: Backbone, module: nn.Module, frozen_copy: nn.Module | None, policy: Predict) -> Predict:
+    """What the policy is compared with: the frozen copy, or the policy without its adapters."""
+    return adapter_off(module, policy) if frozen_copy is None else frozen(backbone.predictor, frozen_copy)
 
 
 def with_steps(config: TrainConfig, sampler: PairSampler, accelerator: Accelerator) -> TrainConfig:
@@ -163,35 +211,35 @@ def with_steps(config: TrainConfig, sampler: PairSampler, accelerator: Accelerat
     return dataclasses.replace(config, max_train_steps=steps)
 
 
+def check_early_stopping(config: TrainConfig, method: Method) -> None:
+    """Raises ValueError when the value to stop by is not measured for this method."""
+    by_accuracy = config.early_stopping_patience is not None and config.early_stopping_metric == "implicit_accuracy"
+    if by_accuracy and not method.needs_reference:
+        raise ValueError(
+            f"early_stopping_metric is implicit_accuracy, but method {config.method} has no reference to measure it with; "
+            "use early_stopping_metric scorer with a validation_scorer"
+        )
+
+
 def restore(
-    folder: Path | None,
-    trainable: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
-    scheduler: LambdaLR,
-    config: TrainConfig,
-    accelerator: Accelerator,
-    data: str,
+    resume: Path | None, folder: Path, state: TrainingState, config: TrainConfig, accelerator: Accelerator, data: str
 ) -> int:
     """Load a checkpoint into the existing parameters; returns the number of finished steps, 0 without a checkpoint.
 
     Raises ValueError when the pairs or the number of pairs per update are not those of the checkpoint.
     """
-    if folder is None:
+    if resume is None:
         return 0
-    tensors, state = checkpoint.load_checkpoint(folder)
+    tensors, numbers = checkpoint.load_checkpoint(resume)
     now = pairs_per_update(config, accelerator)
-    if state["pairs_per_update"] != now:
+    if numbers["pairs_per_update"] != now:
         raise ValueError(
             f"train_batch_size x gradient_accumulation_steps x processes is {now}, but the checkpoint was trained with "
-            f"{state['pairs_per_update']} pairs per update; choose them so that the product stays"
+            f"{numbers['pairs_per_update']} pairs per update; choose them so that the product stays"
         )
-    if state["data"] != data:
+    if numbers["data"] != data:
         raise ValueError(f"{config.data_source!r} holds other pairs than the checkpoint was trained on; bring back the data, or start anew")
-    checkpoint.restore(trainable, optimizer, tensors)
-    scheduler.last_epoch = state["scheduler"]["last_epoch"]
-    for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-        group["lr"] = base * factor(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]
-    if accelerator.scaler is not None and "scaler" in state:
-        accelerator.scaler.load_state_dict(state["scaler"])
-    return int(state["step"])
+    state.restore(tensors, numbers)
+    if accelerator.is_main_process:
+        checkpoint.drop_best_after(folder, int(numbers["step"]))
+    return int(numbers["step"])

@@ -22,7 +22,7 @@ from diffpref.methods import Method
 from diffpref.models.backbone import Backbone
 from diffpref.training.checkpoint import find_checkpoint
 from diffpref.training.config import TrainConfig
-from diffpref.training.device import pairs_per_update
+from diffpref.training.device import effective_learning_rate, pairs_per_update
 from diffpref.training.settings import Settings, to_flat
 
 CONFIG_FILE = "diffpref_config.yaml"
@@ -38,6 +38,8 @@ _MAY_CHANGE = {
     "validation_prompts",
     "num_validation_images",
     "report_to",
+    "logging_dir",
+    "tracker_project_name",
     "merge_lora",
     "check_images",
     "cache_latents",
@@ -113,19 +115,16 @@ def open_folder(
     except OSError as error:
         raise ValueError(f"output_dir {str(folder)!r} cannot be created ({error.strerror}); choose another output_dir") from error
     (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_flat(config, method), sort_keys=False))
-    if config.report_to != "none":
-        settings = to_flat(config, method)
-        accelerator.init_trackers("diffpref", {name: v for name, v in settings.items() if isinstance(v, bool | int | float | str)})
     if pairs.rejected:
         write_rejected(pairs, folder / "rejected_rows.jsonl")
         print(f"rejected rows are listed in {folder / 'rejected_rows.jsonl'}", file=sys.stderr)
-    per_update = pairs_per_update(config, accelerator)
+    per_update, rate = pairs_per_update(config, accelerator), effective_learning_rate(config, accelerator)
     manifest = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "notes": list(notes),
         "settings": to_flat(config, method),
-        "effective_learning_rate": config.learning_rate,
+        "effective_learning_rate": rate,
         "pairs_per_update": per_update,
         "beta_convention": "beta multiplies half the difference of mean squared errors",
         "num_processes": accelerator.num_processes,
@@ -139,9 +138,7 @@ def open_folder(
         "threads": torch.get_num_threads(),
     }
     write_json(folder / MANIFEST_FILE, manifest)
-    print(
-        f"learning rate {config.learning_rate:g} as used, {per_update} pairs per update, {config.max_train_steps} updates", file=sys.stderr
-    )
+    print(f"learning rate {rate:g} as used, {per_update} pairs per update, {config.max_train_steps} updates", file=sys.stderr)
 
 
 def versions() -> dict[str, str]:

@@ -101,9 +101,11 @@ def new_source(
     return from_disk(pixels, items, encoder, config.dataloader_num_workers)
 
 
-def held_out_accuracy(config: TrainConfig, held_out: PairDataset, backbone: Backbone, reference: Predict, encoder: Encoder) -> HeldOut:
+def held_out_accuracy(
+    config: TrainConfig, held_out: PairDataset, backbone: Backbone, policy: Predict, reference: Predict, encoder: Encoder
+) -> HeldOut:
     """Implicit accuracy on the held-out pairs, with their full prompts and without mirroring."""
     buckets = new_buckets(config, held_out, backbone, progress=False)
     pixels = PairPixels(held_out, check_resolution(config, backbone), config.seed, buckets=buckets)
     plain = dataclasses.replace(encoder, proportion_empty_prompts=0.0, prompt_cache={})
-    return HeldOut.build(backbone, reference, pixels, plain, config.train_batch_size)
+    return HeldOut.build(policy, reference, backbone.process, pixels, plain, config.train_batch_size)

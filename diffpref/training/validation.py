@@ -43,22 +43,23 @@ class Validation:
     pipeline: DiffusionPipeline
     prompts: list[str]
     base_pictures: Images
-    scorer_name: str = ""
-    scorer: Scorer | None = None
+    scorer: tuple[str, Scorer] | None = None  # with its name in the log
     base_score: float = 0.0
     accuracy: HeldOut | None = None
 
     @classmethod
-    def start(cls, config: TrainConfig, folder: Path, pipeline: DiffusionPipeline, held_out: PairDataset | None, device: Any) -> Validation:
-        """Draw the base pictures; call it while the UNet still is the base model and computes as it will in training.
-
-        Raises ValueError for a validation_scorer that cannot be loaded.
-        """
+    def start(
+        cls,
+        config: TrainConfig,
+        folder: Path,
+        pipeline: DiffusionPipeline,
+        held_out: PairDataset | None,
+        scorer: tuple[str, Scorer] | None,
+    ) -> Validation:
+        """Draw and score the base pictures; call it while the UNet still is the base model and computes as it will in training."""
         prompts = list(config.validation_prompts) or (list(dict.fromkeys(held_out.prompts)) if held_out else [])
         prompts = prompts[: config.num_validation_images]
-        made = cls(folder / "validation", pipeline, prompts, np.zeros((0, 1, 1, 3), np.uint8))
-        if config.validation_scorer:
-            made.scorer_name, made.scorer = load_scorer(config.validation_scorer, device)
+        made = cls(folder / "validation", pipeline, prompts, np.zeros((0, 1, 1, 3), np.uint8), scorer)
         made.base_pictures = made.draw()
         made.base_score = made._score(made.base_pictures)
         return made
@@ -90,23 +91,27 @@ class Validation:
         contact_sheet(rows, _enlarge(pictures)).save(self.folder / f"step_{step}.png")
         if self.scorer is None:
             return {}, pictures
-        name = f"eval/{self.scorer_name}"
+        name = f"eval/{self.scorer[0]}"
         return {f"{name}/mean": self._score(pictures), f"{name}/base_mean": self.base_score}, pictures
 
     def _score(self, pictures: Images) -> float:
         """Mean score of the pictures."""
         if self.scorer is None:
             return 0.0
-        scores = self.scorer([Image.fromarray(picture) for picture in pictures], self.prompts)
+        scores = self.scorer[1]([Image.fromarray(picture) for picture in pictures], self.prompts)
         return float(scores.float().mean())
 
 
-def load_scorer(spec: str, device: Any) -> tuple[str, Scorer]:
-    """(name for the log, scorer) of a validation_scorer: a name, or name=weights. Raises ValueError when there is no such scorer."""
-    name = spec.partition("=")[0]
+def load_scorer(spec: str | None, device: torch.device) -> tuple[str, Scorer] | None:
+    """(name for the log, scorer) of a validation_scorer: a name, or name=weights; None for none.
+
+    Raises ValueError when there is no such scorer or it cannot be loaded.
+    """
+    if spec is None:
+        return None
     scorers = importlib.import_module("diffpref.scorers")
     try:
-        return name, scorers.scorer_from(spec, device=device)
+        return spec.partition("=")[0], scorers.scorer_from(spec, device)
     except ValueError as error:
         raise ValueError(f"validation_scorer {spec!r}: {error}") from error
 

@@ -1,0 +1,85 @@
+"""What training changes, apart from the number of the step: everything that a resumed run needs to go on bit for bit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+
+from diffpref.models.lora import trainable_state
+from diffpref.training import checkpoint
+from diffpref.training.config import TrainConfig
+from diffpref.training.device import effective_learning_rate
+from diffpref.training.ema import Ema, evaluation_mode, exchanged
+from diffpref.training.optim import move_schedule, new_optimizer, new_schedule
+from diffpref.training.stopping import EarlyStopping
+
+
+@dataclass
+class TrainingState:
+    """Weights, optimizer, schedule, and where they are asked for the moving average, the loss scale and the best validation."""
+
+    trainable: dict[str, Tensor]
+    optimizer: torch.optim.Optimizer  # not the one that accelerate wraps around it
+    scheduler: LambdaLR
+    ema: Ema | None  # on the main process only, which validates and exports
+    early_stopping: EarlyStopping | None
+    scaler: Any  # of fp16 losses, else None
+
+    @classmethod
+    def start(cls, config: TrainConfig, module: nn.Module, accelerator: Accelerator) -> TrainingState:
+        """The state before the first step. `module` is on its device. Raises ValueError for a rate that the schedule cannot have."""
+        trainable = trainable_state(module)
+        optimizer = new_optimizer(config, trainable.values(), effective_learning_rate(config, accelerator))
+        ema = Ema.start(config.ema_decay, trainable) if config.use_ema and accelerator.is_main_process else None
+        early = None
+        if config.early_stopping_patience is not None:
+            scorer = str(config.validation_scorer).partition("=")[0]
+            keys = {"implicit_accuracy": "eval/implicit_accuracy", "scorer": f"eval/{scorer}/mean"}
+            early = EarlyStopping(config.early_stopping_patience, keys[config.early_stopping_metric])
+        return cls(trainable, optimizer, new_schedule(config, optimizer), ema, early, accelerator.scaler)
+
+    def tensors(self) -> dict[str, Mapping[str, Tensor]]:
+        """For a checkpoint, by file; call it while the trained weights are in place."""
+        found: dict[str, Mapping[str, Tensor]] = {
+            "weights": self.trainable,
+            "optimizer": checkpoint.optimizer_tensors(self.trainable, self.optimizer),
+        }
+        return found | ({"ema": self.ema.average} if self.ema else {})
+
+    def numbers(self) -> dict[str, Any]:
+        """For a checkpoint, as JSON."""
+        found: dict[str, Any] = {
+            "scheduler": {"last_epoch": self.scheduler.last_epoch},
+            "optimizer": checkpoint.optimizer_numbers(self.trainable, self.optimizer),
+        }
+        if self.scaler is not None:
+            found["scaler"] = self.scaler.state_dict()
+        if self.ema:
+            found["ema"] = {"updates": self.ema.updates}
+        if self.early_stopping:
+            found["early_stopping"] = self.early_stopping.state()
+        return found
+
+    def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> None:
+        """Load a checkpoint into the existing parameters. Raises ValueError unless it has exactly the model's trainable tensors."""
+        checkpoint.restore(self.trainable, self.optimizer, tensors, numbers.get("optimizer"))
+        move_schedule(self.scheduler, self.optimizer, numbers["scheduler"]["last_epoch"])
+        if self.scaler is not None and "scaler" in numbers:
+            self.scaler.load_state_dict(numbers["scaler"])
+        if self.ema:
+            self.ema.restore(tensors["ema"], numbers["ema"]["updates"])
+        if self.early_stopping:
+            self.early_stopping.restore(numbers["early_stopping"])
+
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Within the block the parameters hold what is validated and exported: the moving average, or the optimizer's own."""
+        with exchanged(self.trainable, self.ema.average) if self.ema else evaluation_mode(self.trainable, self.optimizer):
+            yield
