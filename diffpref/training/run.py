@@ -221,9 +221,7 @@ def check_early_stopping(config: TrainConfig, method: Method) -> None:
         )
 
 
-def restore(
-    resume: Path | None, folder: Path, state: TrainingState, config: TrainConfig, accelerator: Accelerator, data: str
-) -> int:
+def restore(resume: Path | None, folder: Path, state: TrainingState, config: TrainConfig, accelerator: Accelerator, data: str) -> int:
     """Load a checkpoint into the existing parameters; returns the number of finished steps, 0 without a checkpoint.
 
     Raises ValueError when the pairs or the number of pairs per update are not those of the checkpoint.

@@ -257,7 +257,7 @@ def test_further_fields_of_the_conditioning_pass_through(pixels: PairPixels, mak
     plain = make_encoder("sdxl")
 
     def with_ids(cond: Conditioning, ids: Sequence[int]) -> WithIds:
-        return WithIds(cond.prompt_embeds, cond.pooled_prompt_embeds, None, torch.tensor(ids)[:, None, None].expand(-1, 1, 7))
+        return WithIds(cond.prompt_embeds, cond.pooled_prompt_embeds, input_ids=torch.tensor(ids)[:, None, None].expand(-1, 1, 7))
 
     def encode_prompts(prompts: Sequence[str]) -> Conditioning:
         return with_ids(plain.encode_prompts(prompts), [len(p) for p in prompts])
