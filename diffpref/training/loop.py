@@ -70,10 +70,13 @@ def update(run: Run, loss: float) -> float:
     """Clip and step; returns the gradient norm before clipping. A non-finite loss or gradient never reaches the weights."""
     norm = run.accelerator.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
     norm = float(norm) if isinstance(norm, Tensor) else 0.0
-    if run.accelerator.scaler is not None or (math.isfinite(loss) and math.isfinite(norm)):  # fp16: the scaler skips and adapts
+    scaler, taken = run.accelerator.scaler, math.isfinite(loss) and math.isfinite(norm)
+    if taken or (scaler is not None and not math.isfinite(norm)):  # fp16: the scaler skips this step and lowers its scale
         run.optimizer.step()
-        if run.state.ema and not run.accelerator.optimizer_step_was_skipped:
-            run.state.ema.update(run.trainable)
+    elif scaler is not None:
+        scaler.update()
+    if taken and run.state.ema:
+        run.state.ema.update(run.trainable)
     run.optimizer.zero_grad()
     return norm
 

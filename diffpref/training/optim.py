@@ -58,7 +58,9 @@ def new_optimizer(config: TrainConfig, trainable: Iterable[Tensor], rate: float)
     if config.optimizer == "adamw_4bit":
         return importlib.import_module("torchao.optim").AdamW4bit(trainable, **adam)
     if config.optimizer == "schedule_free":
-        return package.AdamWScheduleFree(trainable, **adam)
+        optimizer = package.AdamWScheduleFree(trainable, **adam)
+        optimizer.train()  # it starts in the other mode, and steps in this one only
+        return optimizer
     with contextlib.redirect_stdout(io.StringIO()):  # it announces its weight decay
         return package.Prodigy(trainable, use_bias_correction=True, safeguard_warmup=True, **adam)
 

@@ -14,8 +14,14 @@ from torch import Tensor, nn
 from diffpref.core.policy import adapters_off
 from diffpref.core.types import Conditioning
 from diffpref.models.backbone import Backbone, load_backbone
-from diffpref.models.lora import TARGETS, add_lora, save_lora, trainable_state
+from diffpref.models.lora import TARGETS, add_lora, merged_copy, save_lora, trainable_state
 
+VARIANTS: dict[str, dict[str, bool]] = {
+    "plain": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "both": {"use_dora": True, "use_rslora": True},
+}
 LEVELS = torch.tensor([[10, 10], [800, 800]])
 
 
@@ -43,13 +49,15 @@ def perturb(denoiser: nn.Module) -> None:
             p.add_(0.2 * torch.randn(p.shape, generator=maker))
 
 
-@pytest.mark.parametrize("targets", [*TARGETS, "to_q, to_v"])
-def test_a_new_adapter_does_not_change_the_model(targets: str, sd_folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("targets", "variant"), [("attention", "plain"), ("to_q, to_v", "plain"), *(("all", variant) for variant in VARIANTS)]
+)
+def test_a_new_adapter_does_not_change_the_model(targets: str, variant: str, sd_folder: Path) -> None:
     backbone = load_backbone(str(sd_folder))
     before = predict(backbone)
     torch.manual_seed(0)
     state = torch.get_rng_state()
-    add_lora(backbone.denoiser, rank=2, alpha=2, targets=targets, seed=0)
+    add_lora(backbone.denoiser, rank=2, alpha=2, targets=targets, seed=0, **VARIANTS[variant])
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(predict(backbone), before)
     trained = trainable_state(backbone.denoiser)
@@ -59,6 +67,21 @@ def test_a_new_adapter_does_not_change_the_model(targets: str, sd_folder: Path) 
     assert not torch.allclose(predict(backbone), before, atol=1e-3)
     with adapters_off(backbone.denoiser):
         assert torch.equal(predict(backbone), before)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_new_adapter_does_not_change_half_precision_either(variant: str, sdxl_folder: Path) -> None:
+    backbone = load_backbone(str(sdxl_folder))
+    add_lora(backbone.denoiser, rank=2, alpha=2, targets="all", seed=0, **VARIANTS[variant])
+    with torch.autocast("cpu", torch.bfloat16):
+        policy = predict(backbone)
+        with adapters_off(backbone.denoiser):
+            assert torch.equal(predict(backbone), policy)  # a magnitude rounded to half precision would move it by 0.4 %
+
+
+def test_the_scale_of_rslora_shrinks_with_the_root_of_the_rank(sd_unet: UNet2DConditionModel) -> None:
+    add_lora(sd_unet, rank=4, alpha=6, targets="to_q", seed=0, use_rslora=True)
+    assert {m.scaling["default"] for m in sd_unet.modules() if hasattr(m, "scaling")} == {6 / 2}
 
 
 def test_the_seed_decides_the_start(sd_folder: Path) -> None:
@@ -79,22 +102,43 @@ def test_named_sets_reach_the_layers_they_promise(sd_unet: UNet2DConditionModel)
 
 
 @pytest.mark.parametrize(
-    ("family", "alpha", "targets"), [("sd", 4, "attention"), ("sdxl", 4, "attention"), ("sd", 10, "all"), ("sdxl", 1, "all")]
+    ("family", "alpha", "targets", "variant"),
+    [
+        ("sd", 4, "attention", "plain"),
+        ("sdxl", 4, "attention", "dora"),
+        ("sd", 10, "all", "rslora"),
+        ("sdxl", 1, "all", "plain"),
+        ("sd", 10, "all", "dora"),
+        ("sdxl", 10, "all", "both"),
+    ],
 )
 def test_saved_adapters_load_into_a_fresh_pipeline(
-    family: str, alpha: float, targets: str, request: pytest.FixtureRequest, tmp_path: Path
+    family: str, alpha: float, targets: str, variant: str, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     folder = str(request.getfixturevalue(f"{family}_folder"))
     trained = load_backbone(folder)
     before = predict(trained)
-    add_lora(trained.denoiser, rank=4, alpha=alpha, targets=targets, seed=0)
+    add_lora(trained.denoiser, rank=4, alpha=alpha, targets=targets, seed=0, **VARIANTS[variant])
     perturb(trained.denoiser)
     save_lora(trained.pipeline, tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["pytorch_lora_weights.safetensors"]
     fresh = load_backbone(folder)
     fresh.pipeline.load_lora_weights(tmp_path)
-    torch.testing.assert_close(predict(fresh), predict(trained), rtol=1e-6, atol=1e-6)
+    assert torch.equal(predict(fresh), predict(trained))
     assert not torch.allclose(predict(fresh), before, atol=1e-3)
+
+
+@pytest.mark.parametrize("variant", ["rslora", "dora"])
+def test_a_merged_copy_computes_the_same_without_an_adapter(variant: str, sdxl_folder: Path, tmp_path: Path) -> None:
+    trained = load_backbone(str(sdxl_folder))
+    add_lora(trained.denoiser, rank=4, alpha=6, targets="all", seed=0, **VARIANTS[variant])
+    perturb(trained.denoiser)
+    expected, unet = predict(trained), merged_copy(trained.denoiser)
+    assert torch.equal(predict(trained), expected)  # the original keeps its adapter
+    assert not [name for name, _ in unet.named_parameters() if "lora" in name]
+    unet.save_pretrained(tmp_path)
+    trained.pipeline.unet = UNet2DConditionModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(predict(trained), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_file_holds_every_trained_tensor_and_its_scale(sd_folder: Path, tmp_path: Path) -> None:

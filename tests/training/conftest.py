@@ -99,7 +99,7 @@ def read_state() -> Callable[[Path, int], dict[str, Tensor]]:
 
     def read(folder: Path, step: int) -> dict[str, Tensor]:
         parts = sorted((folder / f"checkpoint-{step}").glob("*.safetensors"))
-        assert [p.stem for p in parts] == ["optimizer", "weights"]
+        assert [p.stem for p in parts if p.stem != "ema"] == ["optimizer", "weights"]
         return {f"{p.stem}/{name}": x for p in parts for name, x in load_file(p).items()}
 
     return read
