@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from diffpref.methods import METHODS, Method
+from diffpref.methods import Method
 from diffpref.training.config import TrainConfig
 from diffpref.training.export import export
 from diffpref.training.loop import train
+from diffpref.training.objective import Objective, as_objective
 from diffpref.training.run import prepare_run
 
 
@@ -25,19 +25,20 @@ class Aligned:
     timings: dict[str, float]  # seconds
 
 
-def align(config: TrainConfig, method: Method, notes: Sequence[str] = ()) -> Aligned:
+def align(config: TrainConfig, method: Method | Objective, notes: Sequence[str] = ()) -> Aligned:
     """Train and export into config.output_dir, outputs/<method>-<time> if that is None.
 
-    `method` is one of METHODS or any object with the same attributes (docs/extend.md). `notes` are lines about where settings
-    came from; they are printed and stored in the manifest.
+    `method` is one of METHODS, any object with the same attributes (docs/extend.md), or an Objective with its path and guards.
+    `notes` are lines about where settings came from; they are printed and stored in the manifest.
 
     Raises ValueError for settings and data that cannot work, Stopped after a signal, NotFinite after three non-finite updates in
     a row; in the last two cases the newest checkpoint is complete.
     """
-    name = name_of(method)
+    objective = as_objective(method)
+    name = objective.name
     folder = config.output_dir or f"outputs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     start = time.perf_counter()
-    run = prepare_run(dataclasses.replace(config, method=name, output_dir=folder), method, notes)
+    run = prepare_run(dataclasses.replace(config, method=name, output_dir=folder), objective, notes)
     loaded = time.perf_counter()
     try:
         train(run)
@@ -50,9 +51,3 @@ def align(config: TrainConfig, method: Method, notes: Sequence[str] = ()) -> Ali
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
     return Aligned(run.folder, run.accelerator.is_main_process, {"loading": loaded - start, "training": trained - loaded})
-
-
-def name_of(method: Method) -> str:
-    """The method's name in METHODS, or its class name in snake case for a method from elsewhere."""
-    known = [name for name, cls in METHODS.items() if type(method) is cls]
-    return known[0] if known else re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(method).__name__).lower()

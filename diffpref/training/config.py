@@ -109,17 +109,12 @@ class TrainConfig:
     """Train on pictures of several aspect ratios of about resolution x resolution pixels in place of square crops."""
     bucket_step: int = 64
     """Pixels by which the sides of the buckets differ."""
-    noise_offset: float = 0.0
-    """Strength of a constant per channel that is added to the noise."""
-    input_perturbation: float = 0.0
-    """Strength of additional noise in x_t that the target does not contain; shared by the pair."""
     proportion_empty_prompts: float = 0.0
     """Share of pairs whose prompt is replaced by the empty one, drawn once per pair and visit."""
     cache_latents: bool = False
     """Encode all pictures and prompts once and keep them in memory; not with random_crop."""
     dataloader_num_workers: int = 0
     """Processes that decode pictures; does not change what is seen."""
-
     vae_encode_batch_size: int = 8
     """Pictures that the autoencoder encodes at once."""
 
@@ -247,8 +242,6 @@ _AT_LEAST = {
     "lr_num_cycles": 1,
     "vae_encode_batch_size": 1,
     "bucket_step": 1,
-    "noise_offset": 0,
-    "input_perturbation": 0,
     "early_stopping_patience": 1,
     "train_batch_size": 1,
     "gradient_accumulation_steps": 1,

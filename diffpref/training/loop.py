@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing, nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from diffpref.core.policy import evaluate
+from diffpref.core.policy import evaluate, two_pass_backward
 from diffpref.core.types import LossOutput, PreferenceBatch
 from diffpref.training.run import Run
 from diffpref.training.stopping import MAX_OVERFLOWS, MAX_SKIPPED, NotFinite, Stopped, StopSignals
@@ -38,11 +39,9 @@ def train(run: Run) -> None:
                 start = time.perf_counter()
                 is_last = micro_step == config.gradient_accumulation_steps - 1
                 with nullcontext() if is_last else accelerator.no_sync(run.wrapped):
-                    out = forward(run, batch)
-                    loss = out.per_group.mean()
-                    accelerator.backward(loss / config.gradient_accumulation_steps)
+                    out = learn(run, batch)
                 computing += time.perf_counter() - start
-                run.log.collect(loss, out.metrics)
+                run.log.collect(out.per_group.mean(), out.metrics)
                 seen += batch.pair_ids
                 if step == run.first_step and micro_step == 0:
                     check_untouched(run, out)
@@ -57,13 +56,26 @@ def train(run: Run) -> None:
                 break
 
 
-def forward(run: Run, batch: PreferenceBatch) -> LossOutput:
-    """Path, predictions, loss."""
-    batch = batch.first(run.method.images_per_group)
-    steps = run.path(batch, run.process, batch.random(run.config.seed))
-    with run.accelerator.autocast():
-        evals = evaluate(steps, batch.cond, run.policy, run.reference)
-    return run.method.loss(batch, evals)
+def learn(run: Run, batch: PreferenceBatch) -> LossOutput:
+    """Path, predictions, loss and backward pass of one micro-batch; the loss comes back without its graph."""
+    accelerator, objective = run.accelerator, run.objective
+    batch = batch.first(objective.images_per_group)
+    loss = partial(objective.loss, batch)
+    with accelerator.autocast():
+        steps = objective.path(batch, run.process, batch.random(run.config.seed), run.policy, run.reference, run.null)
+
+    def backward(value: Tensor) -> None:
+        accelerator.backward(value / run.config.gradient_accumulation_steps)
+
+    if len(steps) > 1:  # the activations of all steps of a trajectory would not fit
+        with accelerator.autocast():
+            ask = (steps, batch.cond, run.policy, run.reference, loss)
+            return two_pass_backward(*ask, null=run.null, backward=backward, no_sync=partial(accelerator.no_sync, run.wrapped))
+    with accelerator.autocast():
+        evals = evaluate(steps, batch.cond, run.policy, run.reference, run.null, batch.reference_error)
+    out = loss(evals)
+    backward(out.per_group.mean())
+    return LossOutput(out.per_group.detach(), out.metrics)
 
 
 def update(run: Run, loss: float) -> float:

@@ -7,14 +7,14 @@ import copy
 import torch
 from torch import nn
 
-from diffpref.methods import Method
 from diffpref.models.attention import use_xformers
 from diffpref.models.backbone import Backbone, load_backbone, with_text_encoders
 from diffpref.models.lora import add_lora
 from diffpref.training.config import TrainConfig
+from diffpref.training.objective import Objective
 
 
-def load_models(config: TrainConfig, method: Method, device: torch.device) -> tuple[Backbone, nn.Module, nn.Module | None]:
+def load_models(config: TrainConfig, objective: Objective, device: torch.device) -> tuple[Backbone, nn.Module, nn.Module | None]:
     """The model on its device, its trained module, and the frozen copy that full training compares with, if the method needs one."""
     backbone = load_backbone(str(config.pretrained_model_name_or_path), config.revision, config.variant)
     check_resolution(config, backbone)
@@ -22,7 +22,7 @@ def load_models(config: TrainConfig, method: Method, device: torch.device) -> tu
     if config.attention == "xformers":
         use_xformers(backbone.denoiser)
     backbone, module = make_trainable(config, backbone)
-    reference = copy.deepcopy(module) if config.tune == "full" and method.needs_reference else None
+    reference = copy.deepcopy(module) if config.tune == "full" and objective.needs_reference else None
     if config.gradient_checkpointing:
         backbone.denoiser.enable_gradient_checkpointing()
     module.eval()  # dropout would make policy and reference differ; even of probability 0 it changes memory layouts, and so rounding

@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from diffpref.core.policy import adapter_off, frozen
 from diffpref.core.process import DdpmProcess
-from diffpref.core.types import Predict, PreferenceBatch
+from diffpref.core.types import Conditioning, Predict, PreferenceBatch
 from diffpref.data.sampler import PairSampler
-from diffpref.methods import Method
 from diffpref.models.backbone import Backbone
-from diffpref.paths.forward import ForwardNoising
 from diffpref.training import checkpoint
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import new_accelerator, pairs_per_update
 from diffpref.training.ema import exchanged
 from diffpref.training.models import load_models
+from diffpref.training.objective import Objective, fitted
 from diffpref.training.optim import check_optimizer
 from diffpref.training.pairs import load_run_pairs
 from diffpref.training.run_folder import claim, open_folder
@@ -44,7 +43,7 @@ class Run:
     """The state of a training run."""
 
     config: TrainConfig
-    method: Method
+    objective: Objective
     accelerator: Accelerator
     folder: Path
     backbone: Backbone
@@ -52,6 +51,7 @@ class Run:
     trainable: dict[str, Tensor]
     policy: Predict
     reference: Predict | None
+    null: Conditioning  # the empty prompt (1, 1, ...), for guidance
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     state: TrainingState  # trainable, optimizer and scheduler, and what else a checkpoint holds
@@ -60,7 +60,6 @@ class Run:
     validation: Validation | None
     data: str  # fingerprint of the training pairs
     first_step: int = 0
-    path: ForwardNoising = field(default_factory=ForwardNoising)
 
     @property
     def process(self) -> DdpmProcess:
@@ -145,17 +144,18 @@ class Run:
             yield
 
 
-def prepare_run(config: TrainConfig, method: Method, notes: Sequence[str] = ()) -> Run:
+def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] = ()) -> Run:
     """Check, load and connect everything; the cheap checks come first. Raises ValueError for whatever the user can mend."""
     notes = [*notes, *check_optimizer(config)]
     accelerator = new_accelerator(config)
     if accelerator.is_main_process:
         print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
-    folder, resume = claim(config, method, accelerator)
-    check_early_stopping(config, method)
+    folder, resume = claim(config, objective, accelerator)
+    check_early_stopping(config, objective)
     pairs, held_out = load_run_pairs(config, accelerator.is_main_process)
+    objective = fitted(objective, pairs)
     scorer = load_scorer(config.validation_scorer, accelerator.device) if accelerator.is_main_process else None
-    backbone, module, frozen_copy = load_models(config, method, accelerator.device)
+    backbone, module, frozen_copy = load_models(config, objective, accelerator.device)
     pixels = new_pixels(config, pairs, backbone, accelerator.is_main_process)
     sampler = new_sampler(config, pixels)
     config = with_steps(config, sampler, accelerator)
@@ -170,22 +170,23 @@ def prepare_run(config: TrainConfig, method: Method, notes: Sequence[str] = ()) 
     policy, alone = backbone.predictor(wrapped), backbone.predictor(module)  # held-out pairs are one process's work
     encoder = new_encoder(config, backbone, accelerator.device)
     source = new_source(config, pixels, sampler, encoder, accelerator, first_step)
-    open_folder(folder, config, method, pairs, accelerator, backbone, notes)
-    start_trackers(accelerator, config.tracker_project_name, to_flat(config, method), first_step)
+    open_folder(folder, config, objective, pairs, accelerator, backbone, notes)
+    start_trackers(accelerator, config.tracker_project_name, to_flat(config, *objective.parts), first_step)
     log = RunLog(accelerator, folder, config.max_train_steps, pairs_per_update(config, accelerator), first_step)
-    if validation and held_out is not None and method.needs_reference:
+    if validation and held_out is not None and objective.needs_reference:
         reference = new_reference(backbone, module, frozen_copy, alone)
         validation.accuracy = held_out_accuracy(config, held_out, backbone, alone, reference, encoder)
     return Run(
         config=config,
-        method=method,
+        objective=objective,
         accelerator=accelerator,
         folder=folder,
         backbone=backbone,
         wrapped=wrapped,
         trainable=state.trainable,
         policy=policy,
-        reference=new_reference(backbone, module, frozen_copy, policy) if method.needs_reference else None,
+        reference=new_reference(backbone, module, frozen_copy, policy) if objective.needs_reference else None,
+        null=encoder.null_prompt,
         optimizer=optimizer,
         scheduler=state.scheduler,
         state=state,
@@ -211,10 +212,10 @@ def with_steps(config: TrainConfig, sampler: PairSampler, accelerator: Accelerat
     return dataclasses.replace(config, max_train_steps=steps)
 
 
-def check_early_stopping(config: TrainConfig, method: Method) -> None:
+def check_early_stopping(config: TrainConfig, objective: Objective) -> None:
     """Raises ValueError when the value to stop by is not measured for this method."""
     by_accuracy = config.early_stopping_patience is not None and config.early_stopping_metric == "implicit_accuracy"
-    if by_accuracy and not method.needs_reference:
+    if by_accuracy and not objective.needs_reference:
         raise ValueError(
             f"early_stopping_metric is implicit_accuracy, but method {config.method} has no reference to measure it with; "
             "use early_stopping_metric scorer with a validation_scorer"

@@ -18,11 +18,11 @@ import yaml
 from accelerate import Accelerator
 
 from diffpref.data.pairs import PairDataset, write_rejected
-from diffpref.methods import Method
 from diffpref.models.backbone import Backbone
 from diffpref.training.checkpoint import find_checkpoint
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import effective_learning_rate, pairs_per_update
+from diffpref.training.objective import Objective
 from diffpref.training.settings import Settings, to_flat
 
 CONFIG_FILE = "diffpref_config.yaml"
@@ -52,13 +52,13 @@ _MAY_CHANGE = {
 """Settings that a resumed run may change: they do not change what is learned, or are checked together elsewhere."""
 
 
-def claim(config: TrainConfig, method: Method, accelerator: Accelerator) -> tuple[Path, Path | None]:
+def claim(config: TrainConfig, method: Objective, accelerator: Accelerator) -> tuple[Path, Path | None]:
     """(run folder, checkpoint to resume from or None). Writes nothing: a run that cannot start leaves no trace.
 
     Raises ValueError when the folder belongs to a run with other settings, or holds a run and no resume was asked for.
     """
     folder = Path(str(config.output_dir))
-    settings = to_flat(config, method)
+    settings = to_flat(config, *method.parts)
     stored = folder / CONFIG_FILE
     if stored.exists():
         differences = compare(yaml.safe_load(stored.read_text()) or {}, settings)
@@ -98,7 +98,7 @@ def compare(stored: Settings, settings: Settings) -> list[str]:
 def open_folder(
     folder: Path,
     config: TrainConfig,
-    method: Method,
+    method: Objective,
     pairs: PairDataset,
     accelerator: Accelerator,
     backbone: Backbone,
@@ -114,7 +114,7 @@ def open_folder(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ValueError(f"output_dir {str(folder)!r} cannot be created ({error.strerror}); choose another output_dir") from error
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_flat(config, method), sort_keys=False))
+    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_flat(config, *method.parts), sort_keys=False))
     if pairs.rejected:
         write_rejected(pairs, folder / "rejected_rows.jsonl")
         print(f"rejected rows are listed in {folder / 'rejected_rows.jsonl'}", file=sys.stderr)
@@ -123,7 +123,7 @@ def open_folder(
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
         "notes": list(notes),
-        "settings": to_flat(config, method),
+        "settings": to_flat(config, *method.parts),
         "effective_learning_rate": rate,
         "pairs_per_update": per_update,
         "beta_convention": "beta multiplies half the difference of mean squared errors",

@@ -1,0 +1,120 @@
+"""What a run trains: a method, the path its x_t are reached by, and the guards it wears; from a recipe or put together by hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from diffpref.core.scores import score_range
+from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
+from diffpref.data.pairs import PairDataset
+from diffpref.guards import GUARDS, Guard, guarded
+from diffpref.methods import METHODS, Method
+from diffpref.methods.recipes import RECIPES
+from diffpref.paths import PATHS, Path
+from diffpref.paths.forward import ForwardNoising
+from diffpref.training.settings import Settings, build, names_of
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A method with everything it is trained with."""
+
+    method: Method
+    path: Path = dataclasses.field(default_factory=ForwardNoising)
+    guards: tuple[Guard, ...] = ()
+    recipe: str | None = None  # its name in RECIPES, if it has one
+
+    @property
+    def name(self) -> str:
+        """The recipe's name, the method's in METHODS, or its class name in snake case for a method from elsewhere."""
+        known = [name for name, cls in METHODS.items() if type(self.method) is cls]
+        own = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(self.method).__name__).lower()
+        return self.recipe or (known[0] if known else own)
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The dataclasses whose fields are the objective's settings."""
+        return (self.method, self.path, *self.guards)
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether a reference has to be there."""
+        return self.method.needs_reference
+
+    @property
+    def images_per_group(self) -> int | None:
+        """Images of a group that it looks at; None for all of them."""
+        return self.method.images_per_group
+
+    def loss(self, batch: PreferenceBatch, evals: Sequence[Evaluation]) -> LossOutput:
+        """The method's loss wearing the guards, in their order."""
+        return guarded(self.method.loss, self.guards)(batch, evals)
+
+
+def as_objective(method: Method | Objective) -> Objective:
+    """A method alone is trained by forward noising and wears no guard."""
+    return method if isinstance(method, Objective) else Objective(method)
+
+
+def all_names() -> list[str]:
+    """Every setting of any method, path or guard."""
+    return list(dict.fromkeys(names_of(*METHODS.values(), *PATHS.values(), *GUARDS.values())))
+
+
+def objective_names(recipe: str, path: str | None = None, guards: Sequence[str] = ()) -> list[str]:
+    """The settings that a recipe has with this path and these further guards. Raises ValueError for unknown names."""
+    return list(dict.fromkeys(name for cls, _ in _classes(recipe, path, guards) for name in names_of(cls)))
+
+
+def build_objective(recipe: str, settings: Settings, path: str | None = None, guards: Sequence[str] = ()) -> Objective:
+    """The objective of a recipe; `settings` win over the recipe's, `path` replaces its path, `guards` are worn beside its own.
+
+    Raises ValueError for unknown names and for values that cannot be.
+    """
+    made = [
+        build(cls, {**own, **{name: value for name, value in settings.items() if name in names_of(cls)}})
+        for cls, own in _classes(recipe, path, guards)
+    ]
+    return Objective(made[0], made[1], tuple(made[2:]), recipe)
+
+
+def _classes(recipe: str, path: str | None, guards: Sequence[str]) -> Iterator[tuple[type[Any], dict[str, Any]]]:
+    """Method, path and guards with the settings that the recipe gives them."""
+    if recipe not in RECIPES:
+        raise ValueError(f"method is {recipe!r}; accepted: {', '.join(RECIPES)}")
+    line = RECIPES[recipe]
+    yield METHODS[line.method], dict(line.settings)
+    if path is not None and path not in PATHS:
+        raise ValueError(f"path is {path!r}; accepted: {', '.join(PATHS)}")
+    yield PATHS[path or line.path], dict(line.path_settings) if path in (None, line.path) else {}
+    for name in dict.fromkeys([*line.guards, *guards]):
+        if name not in GUARDS:
+            raise ValueError(f"guards has {name!r}; accepted: {', '.join(GUARDS)}")
+        yield GUARDS[name], dict(line.guards.get(name, {}))
+
+
+def fitted(objective: Objective, pairs: PairDataset) -> Objective:
+    """The objective with the facts it needs of the data: the range of a score that was not given.
+
+    Raises ValueError when the data lacks the score, misses values of it, or has a constant one.
+    """
+    method: Any = objective.method
+    name = getattr(method, "score", None)
+    if name is None:
+        return objective
+    if name not in pairs.scores:
+        has = ", ".join(pairs.scores) or "no score columns"
+        raise ValueError(
+            f"score is {name!r}, but the data has {has}; add columns {name}_0 and {name}_1, for example with "
+            f"diffpref label --scorers {name} --train_data_dir DATA, or choose another score"
+        )
+    low, high = score_range(torch.from_numpy(pairs.scores[name]), name)
+    if not (hasattr(method, "score_min") and method.score_min is None and method.score_max is None):
+        return objective
+    return dataclasses.replace(objective, method=dataclasses.replace(method, score_min=low, score_max=high))
