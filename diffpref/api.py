@@ -1,6 +1,6 @@
 """The names that a Python user needs; docs/extend.md uses them. Everything else may move between versions.
 
-align       train and export: `align(config, method) -> Aligned`
+align       train and export: `align(config, method) -> Aligned`; an Objective adds a path and guards to the method
 TrainConfig settings of a run; recipe_config() gives those of the testbed
 METHODS     name -> class of the methods that come with the library
 Evaluation, LossOutput, PreferenceBatch   what a method of one's own is given and returns
@@ -16,6 +16,7 @@ from diffpref.testbed.demo import report_run
 from diffpref.testbed.recipe import recipe_config
 from diffpref.training.align import Aligned, align
 from diffpref.training.config import TrainConfig
+from diffpref.training.objective import Objective
 
 __all__ = [
     "METHODS",
@@ -23,6 +24,7 @@ __all__ = [
     "Evaluation",
     "LossOutput",
     "Method",
+    "Objective",
     "PreferenceBatch",
     "TrainConfig",
     "align",

@@ -17,8 +17,10 @@ USAGE = """usage: diffpref COMMAND [--setting value ...]
   train      align a model with preference pairs; without model and data it uses the embedded testbed
   generate   pictures from prompts and seeds, with a base, aligned or LoRA checkpoint
   label      pairs from a model's pictures, judged by scorers; or scores and labels for existing pairs
-  evaluate   compare an aligned testbed model with its base: report.html, report.json
-  testbed    rebuild the testbed: vae, base, pairs, ruler, or run its results table
+  evaluate   aligned models against their base, judged by scorers: report.html, report.json, scores.parquet
+  benchmark  pictures in the layouts of GenEval, DPG-Bench, T2I-CompBench and HPDv2, and their results
+  verify     a published checkpoint: our figures beside the paper's
+  testbed    compare with the base and its controls, rebuild parts of the testbed, or run its results table
 
 diffpref COMMAND --help lists the settings of a command."""
 
@@ -46,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "generate": generate,
         "label": label,
         "evaluate": evaluate,
+        "verify": verify,
+        "benchmark": benchmark,
         "testbed": testbed,
     }
     if words[0] not in commands:
@@ -65,66 +69,75 @@ def train(argv: list[str]) -> int:
     """Train, export, and on the testbed also compare with the base and write the report."""
     _die_with_launcher()
     _use_all_cores()
+    from diffpref.training.config import TrainConfig
     from diffpref.training.settings import build, convert, names_of
 
-    settings, method, notes = _train_settings(argv)
-    if method is None:
+    found = _train_settings(argv)
+    if found is None:
         return 0
-    on_testbed = "num_eval_prompts" in settings
+    settings, objective, notes = found
     num_prompts = convert("num_eval_prompts", settings.pop("num_eval_prompts", None), int | None)
     if num_prompts is not None and num_prompts < 1:
         raise ValueError(f"num_eval_prompts is {num_prompts}; it must be at least 1")
-    from diffpref.training.config import TrainConfig
-
-    mine = names_of(method)
-    config = build(TrainConfig, {n: v for n, v in settings.items() if n not in mine})
-    return _run(config, build(method, {n: v for n, v in settings.items() if n in mine}), num_prompts if on_testbed else None, notes)
+    config = build(TrainConfig, {name: value for name, value in settings.items() if name in names_of(TrainConfig)})
+    return _run(config, objective, num_prompts, notes)
 
 
-def _train_settings(argv: list[str]) -> tuple[dict[str, Any], type[Any] | None, list[str]]:
-    """(settings in our names, method class, what to say about their origin) of a training command; no method after --help."""
-    from diffpref.methods import METHODS
+def _train_settings(argv: list[str]) -> tuple[dict[str, Any], Any, list[str]] | None:
+    """(settings of the run, objective, what to say about their origin) of a training command; None after --help."""
     from diffpref.training.config import TrainConfig
     from diffpref.training.families import FOREIGN, merged, translate
-    from diffpref.training.settings import names_of, parse_flags, read_yaml
+    from diffpref.training.objective import all_names, build_objective, objective_names
+    from diffpref.training.settings import convert, names_of, parse_flags, read_yaml
 
-    known = [*dict.fromkeys([*names_of(TrainConfig, *METHODS.values()), *FOREIGN, "config", "help", "preset", "num_eval_prompts"])]
+    extra = ("config", "help", "preset", "num_eval_prompts", "path", "guards")
+    known = [*dict.fromkeys([*names_of(TrainConfig), *all_names(), *FOREIGN, *extra])]
     flags = parse_flags(argv, known)
     if flags.pop("help", False):
         print(_train_help())
-        return {}, None, []
+        return None
     path = flags.pop("config", None)
     given = merged(read_yaml(path, known) if path else {}, flags)
-    preset = given.pop("preset", None)
+    preset, way = given.pop("preset", None), given.pop("path", None)
+    guards = convert("guards", given.pop("guards", ()), tuple[str, ...])
     name = "sft" if given.get("sft") and "method" not in given else given.get("method", TrainConfig.method)
-    method = METHODS.get(name)
-    if method is None:
-        raise ValueError(f"method is {name!r}; accepted: {', '.join(METHODS)}")
-    if not any(given.get(source) for source in SOURCES):
-        if preset:
-            raise ValueError(f"preset is {preset!r}, which belongs to runs with a model and data; leave it out on the testbed")
-        settings = translate(given, "diffpref", [], lambda _: "sdxl").settings
-        _check_used(settings, names_of(TrainConfig), names_of(method))
+    owned = objective_names(name, way, guards)
+    on_testbed = not any(given.get(source) for source in SOURCES)
+    if on_testbed and preset:
+        raise ValueError(f"preset is {preset!r}, which belongs to runs with a model and data; leave it out on the testbed")
+    if not on_testbed:
+        _check_model_and_data(given)
+        if "num_eval_prompts" in given:
+            raise ValueError(
+                f"num_eval_prompts is {given['num_eval_prompts']}; it belongs to the testbed: leave it out with a model and data"
+            )
+    ask = (lambda _: "sdxl") if on_testbed else _model_family
+    done = translate(given, "diffpref" if on_testbed else preset, [*names_of(TrainConfig), *owned], ask)
+    _check_used(done.settings, names_of(TrainConfig), owned)
+    settings, notes = done.settings, done.notes
+    if on_testbed:
         print(f"No model and no data given: using the embedded testbed, method {name}.", flush=True)
-        return _testbed_settings(settings), method, []
-    _check_model_and_data(given)
-    if "num_eval_prompts" in given:
-        raise ValueError(f"num_eval_prompts is {given['num_eval_prompts']}; it belongs to the testbed: leave it out with a model and data")
-    done = translate(given, preset, names_of(TrainConfig, method), _model_family)
-    _check_used(done.settings, names_of(TrainConfig), names_of(method))
-    return done.settings, method, done.notes
+        settings, notes = _testbed_settings(settings | {"method": name}), []
+    return settings, build_objective(name, settings, way, guards), notes
 
 
 def _train_help() -> str:
+    from diffpref.guards import GUARDS
     from diffpref.methods import METHODS
+    from diffpref.methods.recipes import RECIPES
+    from diffpref.paths import PATHS
     from diffpref.training.config import TrainConfig
     from diffpref.training.families import FAMILIES, FOREIGN
     from diffpref.training.settings import help_text
 
+    parts = (*METHODS.values(), *PATHS.values(), *GUARDS.values())
     return (
-        f"usage: diffpref train [--config FILE.yaml] [--setting value ...]\n{help_text(TrainConfig, *METHODS.values())}\n\n"
+        f"usage: diffpref train [--config FILE.yaml] [--setting value ...]\n{help_text(TrainConfig, *parts)}\n\n"
         "  --num_eval_prompts  (int, default 200)\n      Testbed only: test prompts of the report.\n"
-        f"  --preset  ({', '.join(FAMILIES)})\n      Whose defaults are meant; the flags tell when not given (docs/migrate.md).\n\n"
+        f"  --preset  ({', '.join(FAMILIES)})\n      Whose defaults are meant; the flags tell when not given (docs/migrate.md).\n"
+        f"  --path  ({', '.join(PATHS)})\n      How x_t is reached; the method's own when not given.\n"
+        f"  --guards  (any of {', '.join(GUARDS)})\n      Guards to wear beside the method's own.\n\n"
+        f"Methods: {', '.join(RECIPES)}\n\n"
         f"Flags of other scripts that are understood: {', '.join(f'--{name}' for name in FOREIGN)}"
     )
 
@@ -174,14 +187,14 @@ def _check_model_and_data(settings: dict[str, Any]) -> None:
         )
 
 
-def _run(config: Any, method: Any, num_eval_prompts: int | None, notes: list[str]) -> int:
+def _run(config: Any, objective: Any, num_eval_prompts: int | None, notes: list[str]) -> int:
     """Align, and with num_eval_prompts compare with the testbed's base. `notes` say where settings came from."""
     from diffpref.training.align import align
     from diffpref.training.stopping import NotFinite, Stopped
 
     _no_loading_bars()
     try:
-        aligned = align(config, method, notes)
+        aligned = align(config, objective, notes)
     except Stopped as stop:
         print(stop, file=sys.stderr, flush=True)
         return stop.code
@@ -221,16 +234,60 @@ def _scorer(spec: str) -> Callable[..., Any]:
         from diffpref.testbed.reward import reward_of_pictures
 
         return reward_of_pictures
-    raise ValueError(f"scorer {spec!r} is not known; accepted: testbed")
+    import torch
+
+    from diffpref.scorers import scorer_from
+
+    return scorer_from(spec, "cuda" if torch.cuda.is_available() else "cpu")
 
 
 def evaluate(argv: list[str]) -> int:
-    """Compare two testbed models."""
-    from diffpref.testbed.demo import CompareConfig, compare_models
+    """Aligned models against their base; see diffpref/inference/evaluate.py."""
+    from diffpref.inference.evaluate import EvaluateConfig, evaluate, load_scorers
+    from diffpref.locations import asset
+    from diffpref.testbed.recipe import TESTBED_EVALUATION, evaluation_prompts
 
-    config = _configured(CompareConfig, argv, "evaluate")
+    config = _configured(EvaluateConfig, argv, "evaluate", TESTBED_EVALUATION)
+    if config is None:
+        return 0
     _no_loading_bars()
-    return 0 if config is None else compare_models(config)
+    on_testbed = config.pretrained_model_name_or_path is None
+    prompts = evaluation_prompts(config.max_prompts) if on_testbed and not (config.prompts or config.prompt_set) else None
+    base = str(asset("testbed", "pipeline")) if on_testbed else config.pretrained_model_name_or_path
+    report = evaluate(config, load_scorers(config.scorers, _scorer), base, prompts)
+    if report is not None:
+        print(report.as_markdown())
+        print(f"report: {config.output_dir}/report.html")
+    return 0
+
+
+def benchmark(argv: list[str]) -> int:
+    """Layouts and results of public benchmarks; see diffpref/inference/benchmark.py."""
+    from diffpref.inference.benchmark import BenchmarkConfig, ResultsConfig, draw, read
+
+    parts: dict[str, tuple[type[Any], Callable[[Any], int]]] = {"draw": (BenchmarkConfig, draw), "read": (ResultsConfig, read)}
+    if not argv or argv[0] not in parts:
+        raise ValueError(f"benchmark {argv[0] if argv else ''!r}: give one of {', '.join(parts)}")
+    config_class, work = parts[argv[0]]
+    config = _configured(config_class, argv[1:], f"benchmark {argv[0]}")
+    _no_loading_bars()
+    return 0 if config is None else work(config)
+
+
+def verify(argv: list[str]) -> int:
+    """A published checkpoint against the published figures; see diffpref/inference/verify.py."""
+    from diffpref.inference.evaluate import load_scorers
+    from diffpref.inference.verify import VerifyConfig, as_evaluation, as_text, verify
+
+    config = _configured(VerifyConfig, argv, "verify")
+    if config is None:
+        return 0
+    _no_loading_bars()
+    found = verify(config, load_scorers(as_evaluation(config).scorers, _scorer), config.pretrained_model_name_or_path)
+    if found is not None:
+        print(as_text(found))
+        print(f"to share: {config.output_dir}/verify.json")
+    return 0
 
 
 def testbed(argv: list[str]) -> int:
@@ -246,15 +303,15 @@ def testbed(argv: list[str]) -> int:
     return 0
 
 
-def _configured(cls: type[Any], argv: list[str], command: str) -> Any:
-    """Settings of a command from flags; None after printing its help."""
+def _configured(cls: type[Any], argv: list[str], command: str, testbed: dict[str, Any] | None = None) -> Any:
+    """Settings of a command from flags, with the testbed's below them when no model is named; None after printing its help."""
     from diffpref.training.settings import build, help_text, names_of, parse_flags
 
     flags = parse_flags(argv, [*names_of(cls), "help"])
     if flags.pop("help", False):
         print(f"usage: diffpref {command} [--setting value ...]\n{help_text(cls)}")
         return None
-    return build(cls, flags)
+    return build(cls, flags if "pretrained_model_name_or_path" in flags else (testbed or {}) | flags)
 
 
 def _no_loading_bars() -> None:

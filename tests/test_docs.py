@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from accelerate.state import AcceleratorState, GradientState
 
-from diffpref.training.align import name_of
+from diffpref.training.objective import Objective
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -47,7 +47,7 @@ def test_the_method_of_ones_own_trains_on_the_testbed(tmp_path: Path, monkeypatc
     small = "max_train_steps=2, train_batch_size=4, validation_steps=None, max_train_samples=150, held_out_pairs=0"
     exec(shortened(training, max_train_steps_eq_260=small).replace("aligned.timings, 500", "aligned.timings, 6"), names)
     folder = tmp_path / "outputs" / "focal"
-    assert name_of(names["FocalDPO"]()) == "focal_dpo"  # type: ignore[operator]
+    assert Objective(names["FocalDPO"]()).name == "focal_dpo"  # type: ignore[operator]
     settings = json.loads((folder / "run_manifest.json").read_text())["settings"]
     assert settings["method"] == "focal_dpo"
     assert settings["gamma"] == 1.0

@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 
 from diffpref.evaluation.generate import as_rows, contact_sheet
 from diffpref.locations import asset
+from diffpref.testbed.demo import CompareConfig, compare_models
 from diffpref.testbed.leaderboard import ResultsConfig, run_results
 from diffpref.testbed.measure import Ruler, fingerprint, measure, seeds_for, shares
 from diffpref.testbed.pairs import make_pairs
@@ -167,11 +168,12 @@ def _rounded(values: dict[str, float]) -> dict[str, float]:
     return {k: round(v, 3) for k, v in values.items()}
 
 
-PARTS: dict[str, tuple[type[Any], Callable[[Any], None]]] = {
+PARTS: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
     "vae": (VaeConfig, build_vae),
     "base": (BaseConfig, build_base),
     "pairs": (PairsConfig, build_pairs),
     "ruler": (RulerConfig, build_ruler),
     "describe": (DescribeConfig, describe),
+    "compare": (CompareConfig, compare_models),
     "results": (ResultsConfig, run_results),
 }

@@ -1,4 +1,4 @@
-"""The page at the end of a testbed run: the aligned model beside its base, with controls. Also `diffpref evaluate`."""
+"""The page at the end of a testbed run: the aligned model beside its base, with controls. Also `diffpref testbed compare`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ REWARD_NAME = "structural reward"
 
 @dataclass(frozen=True, kw_only=True)
 class CompareConfig:
-    """Settings of `diffpref evaluate`."""
+    """Settings of `diffpref testbed compare`."""
 
     aligned: str
     """Folder of the aligned model: a pipeline, or a LoRA file."""

@@ -21,13 +21,13 @@ import torch
 
 from diffpref.evaluation.stats import count_wins, wilson_interval
 from diffpref.locations import asset
-from diffpref.methods import METHODS
 from diffpref.testbed.measure import FILTERS, Measured, apply_filter, comparison, fingerprint, measure, seeds_for, shipped_ruler
 from diffpref.testbed.prompts import draw_prompts
 from diffpref.testbed.recipe import read_recipe
 from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler, sample_parallel
 from diffpref.training.align import align
 from diffpref.training.config import TrainConfig
+from diffpref.training.objective import build_objective
 from diffpref.training.settings import build, names_of
 
 LABELS = {"true": 0.0, "shuffled": 0.5, "inverted": 1.0}
@@ -140,12 +140,11 @@ def is_done(job: Job) -> bool:
 def run_job(job: Job) -> str:
     """Train, export and draw the test prompts; pictures go to <name>.npz, what was done to <name>.json."""
     config, recipe, out = job.config, recipe_of(job), Path(job.config.out)
-    method = METHODS[recipe["method"]]
-    mine = names_of(method)
-    settings = build(TrainConfig, {k: v for k, v in recipe.items() if k not in mine})
+    objective = build_objective(recipe["method"], recipe)
+    settings = build(TrainConfig, {k: v for k, v in recipe.items() if k in names_of(TrainConfig)})
     shutil.rmtree(out / job.name, ignore_errors=True)
     cpu = time.process_time()
-    run = align(settings, build(method, {k: v for k, v in recipe.items() if k in mine}))
+    run = align(settings, objective)
     done = {"seconds_training": run.timings["training"], "cpu_seconds": time.process_time() - cpu, "key": key_of(job)}
     texts = draw_prompts(config.purpose, config.num_prompts).texts  # type: ignore[arg-type]
     np.savez_compressed(out / f"{job.name}.npz", images=Sampler(str(run.folder))(texts, seeds_for(len(texts))))

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from typing import Any
 
+from diffpref.data.prompts import PromptSet
 from diffpref.locations import asset, config_file
-from diffpref.methods import METHODS
+from diffpref.testbed.prompts import draw_prompts
+from diffpref.testbed.sampling import GUIDANCE, STEPS
 from diffpref.training.config import TrainConfig
+from diffpref.training.objective import all_names
 from diffpref.training.settings import Settings, build, names_of, read_yaml
+
+TESTBED_EVALUATION: Settings = {"scorers": ["testbed"], "num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+"""How models of the testbed are evaluated when nothing else is said."""
+
+
+def evaluation_prompts(count: int | None) -> PromptSet:
+    """The first test prompts of the testbed, 200 when not given."""
+    return PromptSet("testbed test prompts", texts := draw_prompts("test", count or 200).texts, [""] * len(texts), [])
 
 
 def read_recipe(name: str) -> Settings:
     """The settings of configs/testbed/<name>.yaml, those of the method among them, with the testbed's model and pairs."""
     return {
-        **read_yaml(config_file("testbed", f"{name}.yaml"), names_of(TrainConfig, *METHODS.values())),
+        **read_yaml(config_file("testbed", f"{name}.yaml"), [*names_of(TrainConfig), *all_names()]),
         "pretrained_model_name_or_path": str(asset("testbed", "pipeline")),
         "train_data_dir": str(asset("testbed", "pairs")),
     }

@@ -50,7 +50,7 @@ def test_evaluate_a_lora_against_its_base(tmp_path: Path, capsys: pytest.Capture
     assert main(["train", *words, *more, "--output_dir", str(folder)]) == 0
     assert not (folder / "report.json").exists()
     out = tmp_path / "report"
-    assert main(["evaluate", "--aligned", str(folder), "--num_eval_prompts", "8", "--output_dir", str(out)]) == 0
+    assert main(["testbed", "compare", "--aligned", str(folder), "--num_eval_prompts", "8", "--output_dir", str(out)]) == 0
     assert json.loads((out / "report.json").read_text())["num_prompts"] == 8
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffpref.methods import METHODS
 from diffpref.training.config import TrainConfig
 from diffpref.training.loop import train
+from diffpref.training.objective import Objective
 from diffpref.training.run import Run, prepare_run
 
 Settings = dict[str, Any]
@@ -58,7 +59,7 @@ def prepare(base_settings: Settings, tmp_path: Path) -> Iterator[Callable[..., R
         GradientState._reset_state()
         given = base_settings | {"method": "diffusion_dpo", "output_dir": str(tmp_path / name)} | settings
         own = {"beta": given.pop("beta", 100.0)} if given["method"] == "diffusion_dpo" else {}
-        run = prepare_run(TrainConfig(**given), METHODS[given["method"]](**own))
+        run = prepare_run(TrainConfig(**given), Objective(METHODS[given["method"]](**own)))
         opened.append(run)
         return run
 

@@ -15,11 +15,12 @@ import yaml
 
 from diffpref import cli
 from diffpref.methods.diffusion_dpo import DiffusionDPO
+from diffpref.paths.forward import ForwardNoising
 from diffpref.training.config import TrainConfig
 from diffpref.training.families import FAMILIES, FOREIGN, MEANING, RENAMED, WITHOUT_EFFECT, Translated, detect, merged, translate
 from diffpref.training.settings import names_of
 
-FIELDS = names_of(TrainConfig, DiffusionDPO)
+FIELDS = names_of(TrainConfig, DiffusionDPO, ForwardNoising)
 Settings = dict[str, Any]
 
 
