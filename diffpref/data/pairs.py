@@ -4,27 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
 import numpy as np
-from datasets import Dataset
 
 from diffpref.core.random import uniform
+from diffpref.data.forms import COLUMN_FLAGS
 from diffpref.data.images import ImageError
-from diffpref.data.scan import BadRowsError, TiePolicy, check_share, image_bytes, optional_text, scan
-from diffpref.data.schema import PairRow, Rejected
-from diffpref.data.tables import Source, open_table
+from diffpref.data.reading import DATA_FORMATS, Request, Source, open_rows
+from diffpref.data.scan import BadRowsError, Scan, TiePolicy, check_share, scan
+from diffpref.data.schema import PairRow, Rejected, number_problem
+from diffpref.data.stored import image_bytes
+from diffpref.data.tables import PairTable, RankedPairs, optional_text, pair_table
+from diffpref.data.verdicts import kept_verdicts
 
 
 @dataclass(frozen=True, eq=False)
 class PairDataset:
-    """N pairs over a memory-mapped table. Everything but the images is in memory; `load_pairs` makes one."""
+    """N pairs of a source. Everything but the images is in memory; `load_pairs` makes one."""
 
-    table: Dataset  # M >= N rows in Arrow format, column names of schema.py
+    table: PairTable  # M >= N pairs, good and bad, images where they lie
     rows: np.ndarray  # (N,) int64, position of each pair in `table`
     pair_ids: list[str]  # (N,) unique
     prompts: list[str]  # (N,)
@@ -32,6 +35,8 @@ class PairDataset:
     user_ids: list[str | None]  # (N,)
     rejected: list[Rejected]  # rows set aside when the source was read
     ties: int  # ties among the valid rows, before the tie policy acted
+    left_out: int = 0  # pairs that dreamlike_pairs_only left out
+    scores: dict[str, np.ndarray] = field(default_factory=dict)  # (N, 2) float64 per scorer: image 0 and image 1, NaN where missing
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -41,22 +46,35 @@ class PairDataset:
 
         Raises:
             IndexError: `index` is not in 0..N-1.
-            ValueError: an image is no bytes; only possible when the images were not checked on loading.
+            ValueError: an image cannot be read; only possible when the images were not checked on loading.
         """
         if not 0 <= index < len(self):
             raise IndexError(f"pair index is {index}, accepted: 0..{len(self) - 1}")
-        stored = self.table[[int(self.rows[index])]].to_pylist()[0]
+        pair = int(self.rows[index])
+        [stored] = self.table.stored([pair])
         try:
-            image_0, image_1 = image_bytes(stored["jpg_0"]), image_bytes(stored["jpg_1"])
+            image_0, image_1 = (image_bytes(value) for value in stored)
         except ImageError as error:
             raise ValueError(
-                f"pair {self.pair_ids[index]} (row {int(self.rows[index])}): image is {error}; load with check_images=True to set it aside"
+                f"pair {self.pair_ids[index]} (row {self.table.source_row(pair)}): image is {error}; set check_images to true to have such "
+                f"rows set aside"
             ) from error
-        extra = {name: optional_text(stored.get(name)) for name in ("ranking_id", "user_id", "model_0", "model_1")}
-        return PairRow(self.pair_ids[index], self.prompts[index], image_0, image_1, float(self.p0[index]), **extra)
+        extra = self.table.extra(pair)
+        names = {name: optional_text(extra.get(name)) for name in ("ranking_id", "model_0", "model_1")}
+        margin = extra.get("margin")
+        return PairRow(
+            pair_id=self.pair_ids[index],
+            prompt=self.prompts[index],
+            image_0=image_0,
+            image_1=image_1,
+            p0=float(self.p0[index]),
+            user_id=self.user_ids[index],
+            margin=None if number_problem(margin) else float(margin),  # type: ignore[arg-type]  # it is a number
+            **names,
+        )
 
     def select(self, indices: Iterable[int]) -> PairDataset:
-        """The pairs at `indices`, in that order. `rejected` and `ties` still describe the source."""
+        """The pairs at `indices`, in that order. `rejected`, `ties` and `left_out` still describe the source."""
         chosen = np.fromiter(indices, dtype=np.int64)
         return replace(
             self,
@@ -65,6 +83,7 @@ class PairDataset:
             prompts=[self.prompts[index] for index in chosen],
             p0=self.p0[chosen],
             user_ids=[self.user_ids[index] for index in chosen],
+            scores={name: scores[chosen] for name, scores in self.scores.items()},
         )
 
     @cached_property
@@ -78,39 +97,85 @@ class PairDataset:
 def load_pairs(
     source: Source,
     split: str = "train",
-    columns: Mapping[str, str] | None = None,
+    *,
+    data_format: str = "auto",
+    caption_column: str | None = None,
+    image_0_column: str | None = None,
+    image_1_column: str | None = None,
+    label_column: str | None = None,
+    user_column: str | None = None,
+    dataset_config_name: str | None = None,
+    ranked_pairs: RankedPairs = "all",
+    choice_model: str | None = None,
+    dreamlike_pairs_only: bool = False,
     tie_policy: TiePolicy = "drop",
     max_samples: int | None = None,
     check_images: bool = True,
     cache_dir: str | Path | None = None,
+    say: Callable[[str], None] | None = None,
 ) -> PairDataset:
-    """Read pairs, check every row and set the bad ones aside.
+    """Read pairs, check every row and set the bad ones aside. docs/data.md shows every accepted form.
 
-    `source`: a parquet file, a folder of parquet files (those of `split` by the start of their names, all if none fits), a
-    `save_to_disk` folder, a hub id, or a table in memory. `columns` maps our names (Pick-a-Pic v2) to those in the data.
-    `tie_policy` decides about p0 = 0.5. `max_samples` stops after that many accepted pairs, in file order. `check_images`
-    decodes every image once; without it a damaged image shows up only when it is used.
+    `source`: a file or folder in one of these forms, a `save_to_disk` folder, a hub id, or a table in memory. The settings have
+    the names and meanings of a run's (`TrainConfig`). `max_samples` stops after that many accepted pairs, in file order.
+    `check_images` decodes every image once; without it a damaged image shows up only when it is used. `say` gets one line about
+    what was found.
 
     Raises:
-        ValueError: a setting is wrong, or the source cannot be read or lacks columns.
+        ValueError: a setting is wrong, or the source cannot be read or does not show which form it has.
         BadRowsError: (a ValueError) there are no pairs, or more than 10 rows and more than 1 % of them are bad.
     """
-    if tie_policy not in get_args(TiePolicy):
-        raise ValueError(f"tie_policy is {tie_policy!r}, accepted: {', '.join(get_args(TiePolicy))}")
+    columns = dict(zip(COLUMN_FLAGS, (caption_column, image_0_column, image_1_column, label_column, user_column), strict=True))
+    request = Request(
+        split=split,
+        data_format=data_format,
+        given={flag: column for flag, column in columns.items() if column is not None},
+        dataset_config_name=dataset_config_name,
+        ranked_pairs=ranked_pairs,
+        choice_model=choice_model,
+        dreamlike_pairs_only=dreamlike_pairs_only,
+        cache_dir=cache_dir,
+    )
+    check_request(request, tie_policy, max_samples)
+    return _load(source, request, tie_policy, max_samples, check_images, say or (lambda _: None))
+
+
+def check_request(request: Request, tie_policy: TiePolicy, max_samples: int | None) -> None:
+    """Raises ValueError for a value that is not accepted, whatever the data holds."""
+    for name, value, accepted in (
+        ("data_format", request.data_format, DATA_FORMATS),
+        ("ranked_pairs", request.ranked_pairs, get_args(RankedPairs)),
+        ("tie_policy", tie_policy, get_args(TiePolicy)),
+    ):
+        if value not in accepted:
+            raise ValueError(f"{name} is {value!r}, accepted: {', '.join(accepted)}")
     if max_samples is not None and max_samples < 1:
         raise ValueError(f"max_samples is {max_samples}, accepted: 1 or more, or None for all")
-    table = open_table(source, split, columns, cache_dir)
-    found = scan(table, tie_policy, max_samples, check_images)
+    if request.choice_model and "label_column" in request.given:
+        label = request.given["label_column"]
+        raise ValueError(f"label_column is {label!r} and choice_model {request.choice_model!r}: only one can decide; drop the other")
+
+
+def _load(
+    source: Source, request: Request, tie_policy: TiePolicy, max_samples: int | None, check_images: bool, say: Callable[[str], None]
+) -> PairDataset:
+    rows, layout, where = open_rows(source, request)
+    say(f"data: {where}, {len(rows)} rows of the form {layout.describe()}")
+    table = pair_table(rows, layout, request.ranked_pairs, request.choice_model, request.dreamlike_pairs_only)
+    with kept_verdicts(table, check_images, request.store) as known:
+        found = scan(table, tie_policy, max_samples, check_images, Scan(verdicts=known))
     check_share(found)
     return PairDataset(
-        table=table,
-        rows=np.array([candidate.row for candidate in found.accepted], dtype=np.int64),
+        table=replace(table, captions=[], uids=[], users=[], problems={}, scores={}),  # not needed any more, and large
+        rows=np.array(found.pairs, dtype=np.int64),
         pair_ids=found.pair_ids,
-        prompts=[candidate.prompt for candidate in found.accepted],
-        p0=np.array([candidate.p0 for candidate in found.accepted], dtype=np.float64),
-        user_ids=[candidate.user_id for candidate in found.accepted],
+        prompts=[str(table.captions[pair]) for pair in found.pairs],
+        p0=table.p0[found.pairs],
+        user_ids=[table.users[pair] for pair in found.pairs],
         rejected=sorted(found.rejected, key=lambda entry: entry.row),
         ties=found.ties,
+        left_out=found.left_out,
+        scores={name: scores[found.pairs] for name, scores in table.scores.items()},
     )
 
 

@@ -10,18 +10,19 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Literal
 
-from datasets import Dataset
+from tqdm import tqdm
 
 from diffpref.data.images import ImageError, decode_image
-from diffpref.data.schema import IMAGE_COLUMNS, Rejected, is_tie, pair_id_from_content, pair_id_from_uids, row_problem
-from diffpref.data.tables import encoded_images, metadata
+from diffpref.data.schema import IMAGE_COLUMNS, Problem, Rejected, caption_problem, is_tie, pair_id_from_content, pair_id_from_uids
+from diffpref.data.stored import image_bytes
+from diffpref.data.tables import PairTable
 
 TiePolicy = Literal["drop", "keep", "error"]
 
 BAD_ROWS_ALWAYS_ALLOWED = 10
 BAD_SHARE_LIMIT = 0.01
 
-_CHUNK = 64  # rows whose images are in memory at once
+_CHUNK = 64  # pairs whose images are in memory at once
 
 
 class BadRowsError(ValueError):
@@ -32,86 +33,91 @@ class BadRowsError(ValueError):
         self.rejected = rejected or []
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """A row whose caption and labels hold; its images are not looked at yet."""
-
-    row: int
-    prompt: str
-    p0: float
-    uids: tuple[str, str] | None
-    user_id: str | None
+Verdict = tuple[str | None, Problem | None]
+"""What the images of a pair tell: an id made of their content (None if the source names them), and why they are refused."""
 
 
 @dataclass
 class Scan:
-    """What a pass over the rows found. Lists of accepted pairs run in parallel."""
+    """What a pass over the pairs found. Lists of accepted pairs run in parallel."""
 
-    accepted: list[Candidate] = field(default_factory=list)
+    pairs: list[int] = field(default_factory=list)  # positions in the table
     pair_ids: list[str] = field(default_factory=list)
     rejected: list[Rejected] = field(default_factory=list)
     ties: int = 0
+    left_out: int = 0
     examined: int = 0
+    seen: Counter[str] = field(default_factory=Counter)
+    verdicts: dict[int, Verdict] = field(default_factory=dict)  # of the pairs whose images were looked at, now or before
 
 
-Finding = tuple[str | None, tuple[str, str] | None]  # (pair id, (column, reason) if the images are refused)
+def scan(
+    table: PairTable,
+    tie_policy: TiePolicy,
+    max_samples: int | None,
+    check_images: bool,
+    result: Scan | None = None,
+    first_row: int = 0,
+) -> Scan:
+    """Go through the pairs until `max_samples` are accepted or the table ends.
 
+    Images are read for pairs whose images have no names, whose id is a hash of the content, and for all when `check_images` is
+    set; not where `result` brings a verdict along. Decoding runs in threads; the result does not depend on their number.
 
-def scan(table: Dataset, tie_policy: TiePolicy, max_samples: int | None, check_images: bool) -> Scan:
-    """Go through the rows until `max_samples` pairs are accepted or the table ends.
-
-    Images are read for rows without uids, whose id is a hash of the content, and for all rows when `check_images` is set.
-    Decoding runs in threads; the result does not depend on their number.
+    `result` goes on with an earlier pass, `first_row` is the number of rows before this table; both are for tables in parts.
 
     Raises:
         ValueError: `tie_policy` is "error" and there is a tie.
     """
-    result, seen = Scan(), Counter[str]()
-    candidates = _candidates(table, tie_policy, result)
-    with ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
+    result = result or Scan()
+    candidates = _candidates(table, tie_policy, result, first_row)
+    # Decoding a large data set takes hours; a process that says nothing for so long looks hung.
+    bar = tqdm(total=len(table), desc="checking images (check_images)", unit="pair", delay=5, mininterval=2, leave=False)
+    with bar, ThreadPoolExecutor(min(16, os.cpu_count() or 1)) as pool:
         while chunk := list(itertools.islice(candidates, _CHUNK)):
-            findings = _findings(table, chunk, check_images, pool.map)
-            for candidate, finding in zip(chunk, findings, strict=True):
-                _record(result, seen, candidate, finding)
-                if len(result.accepted) == max_samples:
+            for pair, verdict in zip(chunk, _verdicts(table, chunk, check_images, result, pool.map), strict=True):
+                _record(table, result, pair, verdict, first_row)
+                if len(result.pair_ids) == max_samples:
                     return result
+            bar.update(chunk[-1] + 1 - bar.n)
     return result
 
 
-def _candidates(table: Dataset, tie_policy: TiePolicy, result: Scan) -> Iterator[Candidate]:
-    """Rows with valid caption and labels that the tie policy keeps; the others are counted in `result`."""
-    columns = metadata(table)
-    absent: list[object] = [None] * len(table)
-    uids_0, uids_1 = columns.get("image_0_uid", absent), columns.get("image_1_uid", absent)
-    users = columns.get("user_id", absent)
-    for row, (caption, label_0, label_1) in enumerate(zip(columns["caption"], columns["label_0"], columns["label_1"], strict=True)):
+def _candidates(table: PairTable, tie_policy: TiePolicy, result: Scan, first_row: int) -> Iterator[int]:
+    """Pairs with valid caption and labels that the tie policy keeps; the others are counted in `result`."""
+    for pair in range(len(table)):
+        if table.left_out is not None and table.left_out[pair]:
+            result.left_out += 1
+            continue
         result.examined += 1
-        uids = None if uids_0[row] is None or uids_1[row] is None else (str(uids_0[row]), str(uids_1[row]))
-        problem = row_problem(caption, label_0, label_1)
+        problem = table.problems.get(pair)
+        if problem is None and (reason := caption_problem(table.captions[pair])) is not None:
+            problem = "caption", reason
+        row = first_row + table.source_row(pair)
         if problem is not None:
+            uids = table.uids[pair]
             result.rejected.append(Rejected(row, pair_id_from_uids(*uids) if uids else None, *problem))
             continue
-        p0 = float(label_0)  # type: ignore[arg-type]  # row_problem has checked that it is a number
-        result.ties += is_tie(p0)
-        if tie_policy == "error" and is_tie(p0):
+        tie = is_tie(float(table.p0[pair]))
+        result.ties += tie
+        if tie_policy == "error" and tie:
             raise ValueError(f"row {row} is a tie and tie_policy is 'error', accepted for data with ties: drop, keep")
-        if not (tie_policy == "drop" and is_tie(p0)):
-            yield Candidate(row, str(caption), p0, uids, optional_text(users[row]))
+        if not (tie_policy == "drop" and tie):
+            yield pair
 
 
-def _findings(table: Dataset, chunk: list[Candidate], check_images: bool, run: Callable[..., Iterator[Finding]]) -> list[Finding]:
-    """One finding per candidate, in order. Bytes are read here, in one thread, because only decoding is worth sharing out."""
-    needed = [candidate.row for candidate in chunk if check_images or candidate.uids is None]
-    stored = dict(zip(needed, encoded_images(table, needed), strict=True)) if needed else {}
-    return list(run(_inspect, chunk, [stored.get(candidate.row) for candidate in chunk], itertools.repeat(check_images)))
+def _verdicts(
+    table: PairTable, chunk: list[int], check_images: bool, result: Scan, run: Callable[..., Iterator[Verdict]]
+) -> Iterator[Verdict]:
+    """One verdict per pair, in order."""
+    needed = [pair for pair in chunk if (check_images or table.uids[pair] is None) and pair not in result.verdicts]
+    stored = table.stored(needed) if needed else []
+    captions, named = [str(table.captions[pair]) for pair in needed], [table.uids[pair] is not None for pair in needed]
+    result.verdicts.update(zip(needed, run(_inspect, captions, named, stored, itertools.repeat(check_images)), strict=True))
+    return (result.verdicts.get(pair, (None, None)) for pair in chunk)
 
 
-def _inspect(candidate: Candidate, stored: tuple[object, object] | None, check_images: bool) -> Finding:
-    pair_id = pair_id_from_uids(*candidate.uids) if candidate.uids else None
-    if candidate.uids and candidate.uids[0] == candidate.uids[1]:
-        return pair_id, ("image_1_uid", "identical images: both have the same uid")
-    if stored is None:
-        return pair_id, None
+def _inspect(caption: str, named: bool, stored: tuple[object, object], check_images: bool) -> Verdict:
     images = []
     for column, value in zip(IMAGE_COLUMNS, stored, strict=True):
         try:
@@ -119,45 +125,25 @@ def _inspect(candidate: Candidate, stored: tuple[object, object] | None, check_i
             if check_images:
                 decode_image(images[-1])
         except ImageError as error:
-            return pair_id, (column, str(error))
+            return None, (column, str(error))
     if images[0] == images[1]:
-        return pair_id, ("jpg_1", "identical images: the files are equal byte for byte")
-    return pair_id or pair_id_from_content(candidate.prompt, *images), None
+        return None, ("jpg_1", "identical images: the files are equal byte for byte")
+    return None if named else pair_id_from_content(caption, *images), None
 
 
-def _record(result: Scan, seen: Counter[str], candidate: Candidate, finding: Finding) -> None:
-    pair_id, problem = finding
+def _record(table: PairTable, result: Scan, pair: int, verdict: Verdict, first_row: int) -> None:
+    uids = table.uids[pair]
+    pair_id, problem = pair_id_from_uids(*uids) if uids else verdict[0], verdict[1]
+    if uids and uids[0] == uids[1]:
+        problem = "image_1_uid", "identical images: both have the same name"
     if problem is not None:
-        result.rejected.append(Rejected(candidate.row, pair_id, *problem))
+        result.rejected.append(Rejected(first_row + table.source_row(pair), pair_id, *problem))
         return
     assert pair_id is not None
-    seen[pair_id] += 1
+    result.seen[pair_id] += 1
     # A pair that was judged twice stays twice in the data; draws are keyed by the id, so each needs its own.
-    result.pair_ids.append(pair_id if seen[pair_id] == 1 else f"{pair_id}-{seen[pair_id]}")
-    result.accepted.append(candidate)
-
-
-def image_bytes(value: object) -> bytes:
-    """The encoded bytes of a stored image: bytes, or a dict with "bytes" (the Image feature of `datasets`).
-
-    Raises:
-        ImageError: anything else. Paths are refused: a data file must not decide which local files are opened.
-    """
-    if isinstance(value, dict):
-        inner = value.get("bytes")
-        if inner is None and value.get("path"):
-            raise ImageError("only a path, no bytes: store the encoded image in the row")
-        value = inner
-    if value is None:
-        raise ImageError("null")
-    if not isinstance(value, bytes):
-        raise ImageError(f"not bytes: {type(value).__name__}")
-    return value
-
-
-def optional_text(value: object) -> str | None:
-    """`value` as text; ids are integers in some data sets."""
-    return None if value is None else str(value)
+    result.pair_ids.append(pair_id if result.seen[pair_id] == 1 else f"{pair_id}-{result.seen[pair_id]}")
+    result.pairs.append(pair)
 
 
 def check_share(result: Scan) -> None:
@@ -167,11 +153,13 @@ def check_share(result: Scan) -> None:
         BadRowsError: no rows, no pair left, or more than 10 bad rows that are also more than 1 % of those examined.
     """
     bad, examined = len(result.rejected), result.examined
+    if examined == 0 and result.left_out:
+        raise BadRowsError(f"dreamlike_pairs_only leaves none of {result.left_out} pairs; drop the flag or use other data")
     if examined == 0:
         raise BadRowsError("the dataset has 0 rows, accepted: 1 or more; check the source and the split")
-    if not result.accepted and not bad:
-        raise BadRowsError(f"all {examined} rows are ties and tie_policy is 'drop'; use tie_policy='keep' or other data")
-    if not result.accepted:
+    if not result.pair_ids and not bad:
+        raise BadRowsError(f"all {examined} rows are ties and tie_policy is 'drop'; set tie_policy to keep, or use other data")
+    if not result.pair_ids:
         raise BadRowsError(f"none of {examined} rows can be used ({result.ties} ties):\n{reasons(result.rejected)}", result.rejected)
     if bad > BAD_ROWS_ALWAYS_ALLOWED and bad > BAD_SHARE_LIMIT * examined:
         raise BadRowsError(

@@ -1,6 +1,6 @@
 """One validated row of preference data, and the rules a row must meet.
 
-Column names are those of Pick-a-Pic v2. `label_0` is the probability that image 0 is better; 0.5 is a tie.
+Internal column names are those of Pick-a-Pic v2. `label_0` is the probability that image 0 is better; 0.5 is a tie.
 """
 
 from __future__ import annotations
@@ -8,14 +8,15 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
+from typing import TypeAlias
 
-REQUIRED_COLUMNS = ("caption", "jpg_0", "jpg_1", "label_0", "label_1")
-OPTIONAL_COLUMNS = ("image_0_uid", "image_1_uid", "ranking_id", "user_id", "model_0", "model_1")
-COLUMNS = REQUIRED_COLUMNS + OPTIONAL_COLUMNS
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
 
 LABEL_TOLERANCE = 1e-6
 MAX_CAPTION_LENGTH = 10_000
+
+Problem: TypeAlias = tuple[str, str]
+"""Why a row cannot be used: (column, reason), the reason as in `Rejected`."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,11 @@ class PairRow:
     image_0: bytes
     image_1: bytes
     p0: float  # probability in [0, 1] that image 0 is better, 0.5 = tie
-    ranking_id: str | None = None
+    ranking_id: str | None = None  # shared by the pairs of one ranked list
     user_id: str | None = None
     model_0: str | None = None
     model_1: str | None = None
+    margin: float | None = None  # how much better, in the unit of the source
 
 
 @dataclass(frozen=True)
@@ -58,33 +60,61 @@ def caption_problem(caption: object) -> str | None:
         return "empty"
     if len(caption) > MAX_CAPTION_LENGTH:
         return f"too long: {len(caption)} characters, at most {MAX_CAPTION_LENGTH}"
+    if any("\ud800" <= character <= "\udfff" for character in caption):
+        return "not Unicode: a lone surrogate"  # JSON can hold one, no encoder can
     return None
+
+
+def number_problem(value: object) -> str | None:
+    """Why `value` is no finite number, or None. Booleans and strings are refused: they hide a different convention."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return f"not a number: {type(value).__name__} {str(value)[:40]!r}"
+    try:
+        finite = math.isfinite(value)
+    except OverflowError:  # a whole number of more than 300 digits
+        finite = False
+    return None if finite else f"not finite: {str(value)[:40]}"
 
 
 def label_problem(label: object) -> str | None:
-    """Why one label cannot be used, or None. Booleans and strings are refused: they hide a different convention."""
-    if label is None:
-        return "null"
-    if isinstance(label, bool) or not isinstance(label, int | float):
-        return f"not a number: {type(label).__name__} {str(label)[:40]!r}"
-    if not math.isfinite(label):
-        return f"not finite: {label}"
-    if not 0 <= label <= 1:
-        return f"outside [0, 1]: {label}"
-    return None
+    """Why one label is no probability, or None."""
+    problem = number_problem(label)
+    if problem is None and not 0 <= label <= 1:  # type: ignore[operator]  # number_problem has checked that it is a number
+        problem = f"outside [0, 1]: {label}"
+    return problem
 
 
-def row_problem(caption: object, label_0: object, label_1: object) -> tuple[str, str] | None:
-    """(column, reason) of the first broken rule among caption and labels, or None when all hold."""
-    problems = (("caption", caption_problem(caption)), ("label_0", label_problem(label_0)), ("label_1", label_problem(label_1)))
-    for column, problem in problems:
-        if problem is not None:
-            return column, problem
+def probability(label_0: object, label_1: object = None, *, has_both: bool = True) -> float | Problem:
+    """The probability that image 0 is better from one label or, with `has_both`, from two that must sum to 1."""
+    if (problem := label_problem(label_0)) is not None:
+        return "label_0", problem
     assert isinstance(label_0, int | float)
+    if not has_both:
+        return float(label_0)
+    if (problem := label_problem(label_1)) is not None:
+        return "label_1", problem
     assert isinstance(label_1, int | float)
     if abs(label_0 + label_1 - 1) > LABEL_TOLERANCE:
         return "label_0", f"labels do not sum to 1: {label_0} + {label_1}"
-    return None
+    return float(label_0)
+
+
+def share_of_votes(votes_0: object, votes_1: object) -> float | Problem:
+    """The share of votes for image 0; equal votes are a tie."""
+    for column, votes in (("votes_0", votes_0), ("votes_1", votes_1)):
+        problem = number_problem(votes)
+        if problem is None and votes < 0:  # type: ignore[operator]  # number_problem has checked that it is a number
+            problem = f"negative: {votes}"
+        if problem is not None:
+            return column, problem
+    assert isinstance(votes_0, int | float)
+    assert isinstance(votes_1, int | float)
+    half_0, half_1 = votes_0 / 2, votes_1 / 2  # the sum of two huge weights would overflow
+    if half_0 + half_1 == 0:
+        return "votes_0", "no votes: 0 + 0"
+    return half_0 / (half_0 + half_1)
 
 
 def is_tie(p0: float) -> bool:
@@ -94,12 +124,16 @@ def is_tie(p0: float) -> bool:
 
 def pair_id_from_uids(uid_0: str, uid_1: str) -> str:
     """32 hex digits that depend on the two image uids and their order."""
-    return _digest(b"uids", uid_0.encode(), uid_1.encode())
+    return _digest(b"uids", _encoded(uid_0), _encoded(uid_1))
 
 
 def pair_id_from_content(prompt: str, image_0: bytes, image_1: bytes) -> str:
     """32 hex digits that depend on the prompt, the encoded images and their order."""
-    return _digest(b"content", prompt.encode(), image_0, image_1)
+    return _digest(b"content", _encoded(prompt), image_0, image_1)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # names of files may hold what is no Unicode
 
 
 def _digest(*parts: bytes) -> str:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from diffpref.data.pairs import PairDataset, load_pairs, split_held_out, write_rejected
 from diffpref.data.scan import BadRowsError
-from diffpref.data.schema import label_problem, row_problem
+from diffpref.data.schema import label_problem, probability
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_unchecked_images_fail_when_used(load: Any, make_columns: Any) -> None:
     uids = {"image_0_uid": ["a", "b"], "image_1_uid": ["c", "d"]}
     pairs = load(_replaced(make_columns(2, **uids), "jpg_0", 1, None), check_images=False)
     assert len(pairs) == 2
-    with pytest.raises(ValueError, match=rf"pair {pairs.pair_ids[1]}.*null.*check_images=True"):
+    with pytest.raises(ValueError, match=rf"pair {pairs.pair_ids[1]}.*null.*set check_images to true"):
         pairs.row(1)
 
 
@@ -157,9 +157,10 @@ def test_labels_that_are_no_probability(label: object) -> None:
 
 
 def test_labels_may_be_integers_or_shares_of_votes() -> None:
-    assert row_problem("a", 1, 0) is None
-    assert row_problem("a", 1 / 3, 2 / 3) is None
-    assert row_problem("a", 0.5, 0.5 + 1e-5) == ("label_0", "labels do not sum to 1: 0.5 + 0.50001")
+    assert probability(1, 0) == 1
+    assert probability(1 / 3, 2 / 3) == 1 / 3
+    assert probability(0.5, 0.5 + 1e-5) == ("label_0", "labels do not sum to 1: 0.5 + 0.50001")
+    assert probability(0.25, has_both=False) == 0.25
 
 
 @pytest.mark.parametrize("labels", [["left", "right"], [True, False]])
@@ -193,22 +194,47 @@ def test_captions(load: Any, make_columns: Any) -> None:
 def test_missing_columns_name_the_nearest(load: Any, make_columns: Any, write_parquet: Any) -> None:
     columns = make_columns(2)
     columns["captions"] = columns.pop("caption")
-    columns["image_0"] = columns.pop("jpg_0")
+    columns["image_a"] = columns.pop("jpg_0")
     for source in (columns, write_parquet(columns)):
-        with pytest.raises(ValueError, match=r"'caption' \(nearest: captions\), 'jpg_0'.*Found: .*Expected: caption"):
+        with pytest.raises(
+            ValueError, match=r"for pairs it lacks 'caption' \(nearest: captions\), 'jpg_0'.*Found: .*captions.*Accepted"
+        ) as caught:
             load(source)
-    mapped = load(columns, columns={"caption": "captions", "jpg_0": "image_0"})
+        for name in ("caption_column", "image_0_column", "label_column", "chosen_rejected (caption or prompt"):
+            assert name in str(caught.value)
+    mapped = load(columns, caption_column="captions", image_0_column="image_a")
     assert mapped.prompts == ["prompt 0", "prompt 1"]
-    assert mapped.row(0).image_0 == columns["image_0"][0]
+    assert mapped.row(0).image_0 == columns["image_a"][0]
 
 
-def test_wrong_column_maps(load: Any, make_columns: Any) -> None:
-    with pytest.raises(ValueError, match=r"unknown name 'prompt'"):
-        load(make_columns(1), columns={"prompt": "caption"})
-    with pytest.raises(ValueError, match=r"columns missing.*'users'"):
-        load(make_columns(1), columns={"user_id": "users"})
-    with pytest.raises(ValueError, match="both 'jpg_0' and 'jpg_1'"):
-        load(make_columns(1), columns={"jpg_1": "jpg_0"})
+def test_columns_are_mapped_by_the_settings_of_a_run(load: Any, make_columns: Any, write_parquet: Any) -> None:
+    columns = make_columns(3)
+    renamed = dict(zip(("c", "a", "b", "better", "worse"), columns.values(), strict=True)) | {"who": [7, 8, 9]}
+    flags = {"caption_column": "c", "image_0_column": "a", "image_1_column": "b", "label_column": "better", "user_column": "who"}
+    for source in (renamed, write_parquet(renamed)):
+        pairs = load(source, **flags)
+        assert (pairs.prompts, pairs.p0.tolist(), pairs.user_ids) == (columns["caption"], columns["label_0"], ["7", "8", "9"])
+        assert pairs.row(1).image_1 == columns["jpg_1"][1]
+        assert pairs.pair_ids == load(columns).pair_ids
+
+
+def test_wrong_column_settings(load: Any, make_columns: Any) -> None:
+    with pytest.raises(ValueError, match=r"user_column is 'users', which is no column of the dataset"):
+        load(make_columns(1), user_column="users")
+    with pytest.raises(ValueError, match=r"caption_column is 'captoin'.*nearest: caption"):
+        load(make_columns(1), caption_column="captoin")
+    with pytest.raises(ValueError, match="image_0_column and image_1_column are both 'jpg_0'"):
+        load(make_columns(1), image_0_column="jpg_0", image_1_column="jpg_0")
+    with pytest.raises(ValueError, match=r"data_format is 'csv', accepted: auto, pairs, chosen_rejected"):
+        load(make_columns(1), data_format="csv")
+
+
+def test_one_label_column_is_enough(load: Any, make_columns: Any) -> None:
+    columns = make_columns(3, label_0=[0.25, 1.5, 1.0])
+    del columns["label_1"]
+    pairs = load(columns)
+    assert pairs.p0.tolist() == [0.25, 1.0]
+    assert [(entry.row, entry.kind) for entry in pairs.rejected] == [(1, "outside [0, 1]")]
 
 
 def test_zero_rows_and_one_row(load: Any, make_columns: Any, write_parquet: Any) -> None:
@@ -258,7 +284,7 @@ def test_folders_choose_the_files_of_a_split(load: Any, make_columns: Any, write
     assert load(folder / "data", split="test_unique").prompts == ["test_unique-0.parquet"]
     assert len(load(folder, split="validation")) == 4
     (tmp_path / "void").mkdir()
-    with pytest.raises(ValueError, match="folder without pairs"):
+    with pytest.raises(ValueError, match=r"no data of an accepted kind in .*seen: nothing"):
         load(tmp_path / "void")
 
 
@@ -295,18 +321,18 @@ def test_sources_that_do_not_exist(load: Any, tmp_path: Path, monkeypatch: pytes
     with pytest.raises(ValueError, match="does not exist"):
         load(tmp_path / "nothing")
     (tmp_path / "pairs.csv").write_text("caption")
-    with pytest.raises(ValueError, match=r"type '\.csv', accepted: \.parquet"):
+    with pytest.raises(ValueError, match=r"type '\.csv'; accepted are parquet .*jsonl.*webdataset.*folder"):
         load(tmp_path / "pairs.csv")
     asked: dict[str, Any] = {}
 
-    def refuse(name: str, **options: Any) -> None:
-        asked.update(options, name=name)
+    def refuse(name: str, config: str | None, **options: Any) -> None:
+        asked.update(options, name=name, config=config)
         raise ConnectionError("no network")
 
     monkeypatch.setattr(datasets, "load_dataset", refuse)
-    with pytest.raises(ValueError, match=r"'some/pairs'.*no network.*Pick-a-Pic v1 and v2.*source=/path/to/folder"):
-        load("some/pairs", split="test")
-    assert asked["name"] == "some/pairs"
+    with pytest.raises(ValueError, match=r"'some/pairs'.*no network.*Pick-a-Pic v1 and v2.*train_data_dir"):
+        load("some/pairs", split="test", dataset_config_name="small")
+    assert (asked["name"], asked["config"]) == ("some/pairs", "small")
     assert asked["split"] == "test"
     assert "trust_remote_code" not in asked
 
