@@ -8,18 +8,17 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 
 from diffpref.core.random import uniform
 from diffpref.data.forms import COLUMN_FLAGS
 from diffpref.data.images import ImageError
-from diffpref.data.reading import DATA_FORMATS, Request, Source, open_rows
-from diffpref.data.scan import BadRowsError, Scan, TiePolicy, check_share, scan
-from diffpref.data.schema import PairRow, Rejected, number_problem
+from diffpref.data.reading import Request, Source, open_rows
+from diffpref.data.scan import BadRowsError, Scan, check_share, scan
+from diffpref.data.schema import PairRow, RankedPairs, Rejected, TiePolicy, number_problem
 from diffpref.data.stored import image_bytes
-from diffpref.data.tables import PairTable, RankedPairs, optional_text, pair_table
+from diffpref.data.tables import PairTable, optional_text, pair_table
 from diffpref.data.verdicts import kept_verdicts
 
 
@@ -134,36 +133,22 @@ def load_pairs(
         ranked_pairs=ranked_pairs,
         choice_model=choice_model,
         dreamlike_pairs_only=dreamlike_pairs_only,
+        tie_policy=tie_policy,
+        max_samples=max_samples,
+        check_images=check_images,
         cache_dir=cache_dir,
     )
-    check_request(request, tie_policy, max_samples)
-    return _load(source, request, tie_policy, max_samples, check_images, say or (lambda _: None))
+    return read_pairs(source, request, say)
 
 
-def check_request(request: Request, tie_policy: TiePolicy, max_samples: int | None) -> None:
-    """Raises ValueError for a value that is not accepted, whatever the data holds."""
-    for name, value, accepted in (
-        ("data_format", request.data_format, DATA_FORMATS),
-        ("ranked_pairs", request.ranked_pairs, get_args(RankedPairs)),
-        ("tie_policy", tie_policy, get_args(TiePolicy)),
-    ):
-        if value not in accepted:
-            raise ValueError(f"{name} is {value!r}, accepted: {', '.join(accepted)}")
-    if max_samples is not None and max_samples < 1:
-        raise ValueError(f"max_samples is {max_samples}, accepted: 1 or more, or None for all")
-    if request.choice_model and "label_column" in request.given:
-        label = request.given["label_column"]
-        raise ValueError(f"label_column is {label!r} and choice_model {request.choice_model!r}: only one can decide; drop the other")
-
-
-def _load(
-    source: Source, request: Request, tie_policy: TiePolicy, max_samples: int | None, check_images: bool, say: Callable[[str], None]
-) -> PairDataset:
+def read_pairs(source: Source, request: Request, say: Callable[[str], None] | None = None) -> PairDataset:
+    """`load_pairs` with its settings in one object."""
     rows, layout, where = open_rows(source, request)
-    say(f"data: {where}, {len(rows)} rows of the form {layout.describe()}")
+    if say is not None:
+        say(f"data: {where}, {len(rows)} rows of the form {layout.describe()}")
     table = pair_table(rows, layout, request.ranked_pairs, request.choice_model, request.dreamlike_pairs_only)
-    with kept_verdicts(table, check_images, request.store) as known:
-        found = scan(table, tie_policy, max_samples, check_images, Scan(verdicts=known))
+    with kept_verdicts(table, request.check_images, request.store) as known:
+        found = scan(table, request.tie_policy, request.max_samples, request.check_images, Scan(verdicts=known))
     check_share(found)
     return PairDataset(
         table=replace(table, captions=[], uids=[], users=[], problems={}, scores={}),  # not needed any more, and large

@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, get_args
 
 import datasets
 import pyarrow as pa
@@ -20,7 +20,7 @@ from diffpref.data.folders import pair_folders, read_folders
 from diffpref.data.forms import FORMS, Layout, choose
 from diffpref.data.json_rows import read_json
 from diffpref.data.rows import Rows, TableRows, files_identity, plain_names
-from diffpref.data.tables import RankedPairs
+from diffpref.data.schema import RankedPairs, TiePolicy
 
 Source: TypeAlias = str | Path | Dataset | pa.Table
 
@@ -45,7 +45,21 @@ class Request:
     ranked_pairs: RankedPairs = "all"
     choice_model: str | None = None
     dreamlike_pairs_only: bool = False
+    tie_policy: TiePolicy = "drop"
+    max_samples: int | None = None
+    check_images: bool = True
     cache_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that is not accepted, whatever the data holds."""
+        choices = {"data_format": DATA_FORMATS, "ranked_pairs": get_args(RankedPairs), "tie_policy": get_args(TiePolicy)}
+        for name, accepted in choices.items():
+            if (value := getattr(self, name)) not in accepted:
+                raise ValueError(f"{name} is {value!r}, accepted: {', '.join(accepted)}")
+        if self.max_samples is not None and self.max_samples < 1:
+            raise ValueError(f"max_samples is {self.max_samples}, accepted: 1 or more, or None for all")
+        if self.choice_model and (label := self.given.get("label_column")):
+            raise ValueError(f"label_column is {label!r} and choice_model {self.choice_model!r}: only one can decide; drop the other")
 
     @property
     def store(self) -> Path:

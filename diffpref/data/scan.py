@@ -8,16 +8,22 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Literal
 
 from tqdm import tqdm
 
 from diffpref.data.images import ImageError, decode_image
-from diffpref.data.schema import IMAGE_COLUMNS, Problem, Rejected, caption_problem, is_tie, pair_id_from_content, pair_id_from_uids
+from diffpref.data.schema import (
+    IMAGE_COLUMNS,
+    Problem,
+    Rejected,
+    TiePolicy,
+    caption_problem,
+    is_tie,
+    pair_id_from_content,
+    pair_id_from_uids,
+)
 from diffpref.data.stored import image_bytes
 from diffpref.data.tables import PairTable
-
-TiePolicy = Literal["drop", "keep", "error"]
 
 BAD_ROWS_ALWAYS_ALLOWED = 10
 BAD_SHARE_LIMIT = 0.01

@@ -8,9 +8,12 @@ from __future__ import annotations
 import hashlib
 import math
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 IMAGE_COLUMNS = ("jpg_0", "jpg_1")
+
+TiePolicy = Literal["drop", "keep", "error"]
+RankedPairs = Literal["all", "best_worst"]
 
 LABEL_TOLERANCE = 1e-6
 MAX_CAPTION_LENGTH = 10_000

@@ -5,16 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import numpy as np
 
 from diffpref.data.forms import Layout, score_of
 from diffpref.data.rows import Rows, digest_of
-from diffpref.data.schema import Problem, number_problem, probability, share_of_votes
+from diffpref.data.schema import Problem, RankedPairs, number_problem, probability, share_of_votes
 from diffpref.data.stored import FileImage, path_problem
-
-RankedPairs = Literal["all", "best_worst"]
 
 MAX_LIST = 64
 """Images in one ranked list; their pairs grow with the square."""

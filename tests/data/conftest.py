@@ -13,6 +13,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from diffpref.data.pairs import PairDataset, load_pairs
+
 Encode = Callable[..., bytes]
 
 
@@ -58,3 +60,38 @@ def write_parquet(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def load(tmp_path: Path) -> Callable[..., PairDataset]:
+    """load(source, **options): `load_pairs` with its copies below the test's own folder."""
+
+    def run(source: Any, **options: Any) -> PairDataset:
+        source = pa.table(source) if isinstance(source, dict) else source
+        return load_pairs(source, cache_dir=tmp_path / "cache", **options)
+
+    return run
+
+
+@pytest.fixture
+def put(tmp_path: Path) -> Callable[..., Path]:
+    """put(path below the test's own folder, bytes or text) -> the file."""
+
+    def write(name: str, content: bytes | str) -> Path:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+    return write
+
+
+@pytest.fixture(scope="session")
+def found() -> Callable[[PairDataset], list[tuple[Any, ...]]]:
+    """found(pairs) -> (prompt, image 0, image 1, p0) of every pair."""
+
+    def read(pairs: PairDataset) -> list[tuple[Any, ...]]:
+        rows = [pairs.row(index) for index in range(len(pairs))]
+        return [(row.prompt, row.image_0, row.image_1, row.p0) for row in rows]
+
+    return read

@@ -14,20 +14,9 @@ import pytest
 from datasets import Dataset, DatasetDict
 from PIL import Image
 
-from diffpref.data.pairs import PairDataset, load_pairs, split_held_out, write_rejected
+from diffpref.data.pairs import split_held_out, write_rejected
 from diffpref.data.scan import BadRowsError
 from diffpref.data.schema import label_problem, probability
-
-
-@pytest.fixture
-def load(tmp_path: Path) -> Any:
-    """load(source, **options): `load_pairs` with its Arrow copies below the test's own folder."""
-
-    def run(source: Any, **options: Any) -> PairDataset:
-        source = pa.table(source) if isinstance(source, dict) else source
-        return load_pairs(source, cache_dir=tmp_path / "cache", **options)
-
-    return run
 
 
 def _replaced(columns: dict[str, list[Any]], name: str, row: int, value: Any) -> dict[str, list[Any]]:
