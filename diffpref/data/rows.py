@@ -150,7 +150,7 @@ class TableRows:
 
 
 class ListRows:
-    """Rows that were read into Python lists: text, numbers, paths and places in archives, never encoded images."""
+    """Rows in Python lists: text, numbers, paths and places in archives; encoded images only where they are few."""
 
     def __init__(
         self,
@@ -185,6 +185,8 @@ class ListRows:
     def image_names(self, name: str) -> list[object] | None:
         """See Rows."""
         found = self.columns[name]
+        if any(map(_is_embedded, found)):
+            return None
         return [f"{v.archive.name}/{v.member}" if isinstance(v, ArchivedImage) else v for v in found]
 
     def holds_lists(self, name: str) -> bool:
@@ -224,6 +226,13 @@ def placed(value: object, roots: tuple[Path, ...]) -> object:
     return value
 
 
+def _is_embedded(value: object) -> bool:
+    """Whether a value holds an encoded image, or a list of them, and no name of one."""
+    if isinstance(value, list):
+        return any(map(_is_embedded, value))
+    return isinstance(value, bytes) or (isinstance(value, dict) and "bytes" in value)
+
+
 def plain_names(schema: pa.Schema) -> dict[str, tuple[str, str | None]]:
     """{name that people use: (column, member of it or None)} for tables that come out of webdataset archives; others stay."""
     fields: dict[str, tuple[str, str | None]] = {}
@@ -233,6 +242,19 @@ def plain_names(schema: pa.Schema) -> dict[str, tuple[str, str | None]]:
         for member in schema.field("json").type:
             fields.setdefault(member.name, ("json", member.name))
     return fields
+
+
+def plain_lists(batch: Mapping[str, list[object]]) -> dict[str, list[object]]:
+    """The same for columns that are Python lists, with the numbers that stand as text in files."""
+    columns: dict[str, list[object]] = {}
+    for name, values in batch.items():
+        plain = _IMAGE_OR_TEXT.sub("", name)
+        is_number_as_text = plain != name and _NUMBER_AS_TEXT.search(plain)
+        columns.setdefault(plain, [number_in(value) for value in values] if is_number_as_text else values)
+    members = [value if isinstance(value, dict) else {} for value in batch.get("json", [])]
+    for name in dict.fromkeys(name for found in members for name in found):
+        columns.setdefault(name, [found.get(name) for found in members])
+    return columns
 
 
 def number_in(value: object) -> object:

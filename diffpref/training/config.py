@@ -64,29 +64,29 @@ class TrainConfig:
     dataset_config_name: str | None = None
     """Configuration of a hub data set that has several."""
     data_format: str = "auto"
-    """Form of the data (docs/data.md lists them); auto looks at the files."""
+    """Form of a row (pairs, chosen_rejected, votes, ranked, hpd) or of the files (parquet, jsonl, webdataset, folder); auto looks."""
     streaming: bool = False
-    """Read a hub data set while training in place of downloading it first; the order after resuming is approximate."""
+    """Read the data while training, max_train_samples pairs of it; the first pass is shuffled within windows only (docs/data.md)."""
     split: str = "train"
     """Split to train on."""
     caption_column: str | None = None
     """Column of the prompts, if it is not found under a known name."""
     image_0_column: str | None = None
-    """Column of the first image."""
+    """Column of the first image, of the better one for chosen_rejected, or of the list of images."""
     image_1_column: str | None = None
-    """Column of the second image."""
+    """Column of the second image, or of the worse one."""
     label_column: str | None = None
-    """Column with the probability that the first image is better."""
+    """Column with the probability that the first image is better, or with the ranks of a list."""
     user_column: str | None = None
     """Column of the annotator."""
     ranked_pairs: Literal["all", "best_worst"] = "all"
     """Which pairs a ranked list of images gives: every pair of different rank, or the best against the worst."""
     choice_model: str | None = None
-    """Let the columns <name>_0 and <name>_1 of a scorer decide which image is preferred, in place of the human label."""
+    """Scorer whose columns <name>_0 and <name>_1 decide which image is preferred, in place of the label; equal scores are a tie."""
     dreamlike_pairs_only: bool = False
     """Keep pairs whose model_0 and model_1 both contain "dream", as in Salesforce's script."""
     cache_dir: str | None = None
-    """Where hub datasets are kept."""
+    """Where hub data sets, copies of parquet files, streamed pairs and the results of the image check are kept."""
     max_train_samples: int | None = None
     """Use only the first pairs of the data."""
     held_out_pairs: int = 0
@@ -96,7 +96,7 @@ class TrainConfig:
     label_noise_prob: float = 0.0
     """Probability that a label is flipped before training, fixed per pair: 0.5 is the random-label control, 1.0 the inverted one."""
     check_images: bool = True
-    """Decode every image once before training, so that bad rows are rejected, counted and listed at the start."""
+    """Decode every image once before training, so that bad rows are set aside at the start; the result is kept for later starts."""
     resolution: int | None = None
     """Side of the training pictures in pixels; the model's own when not given."""
     random_crop: bool = False
@@ -202,6 +202,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(self)
+        _check_data(self)
         if self.cache_latents and self.random_crop:
             raise ValueError("cache_latents is true together with random_crop: a cached latent has one crop; switch one of them off")
         if self.bucket_step != TrainConfig.bucket_step and not self.aspect_ratio_buckets:
@@ -257,6 +258,20 @@ _AT_LEAST = {
     "max_grad_norm": 0,
     "resolution": 1,
 }
+
+
+def _check_data(config: TrainConfig) -> None:
+    if config.dataset_config_name and not config.dataset_name:
+        raise ValueError(f"dataset_config_name is {config.dataset_config_name!r}, but dataset_name is not given; local data has none")
+    if not config.streaming:
+        return
+    if config.max_train_samples is None:
+        raise ValueError("streaming is true without max_train_samples, the number of pairs to take from the stream; give it")
+    for name in ("held_out_pairs", "label_noise_prob", "cache_latents", "aspect_ratio_buckets"):
+        if getattr(config, name):
+            raise ValueError(
+                f"{name} is {getattr(config, name)} together with streaming: it needs all pairs before training; drop one of them"
+            )
 
 
 def _check_ranges(config: TrainConfig) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Callable
 
 import numpy as np
 
 from diffpref.core.random import uniform
-from diffpref.data.pairs import PairDataset, load_pairs, split_held_out
+from diffpref.data.forms import COLUMN_FLAGS
+from diffpref.data.pairs import PairDataset, read_pairs, split_held_out
+from diffpref.data.reading import Request
+from diffpref.data.streaming import stream_pairs
 from diffpref.training.config import TrainConfig
 
 
@@ -18,14 +22,7 @@ def load_run_pairs(config: TrainConfig, is_main: bool) -> tuple[PairDataset, Pai
     Raises ValueError for data that cannot be used, in one line that names the setting; a table of bad rows goes to stderr.
     """
     try:
-        pairs = load_pairs(
-            str(config.data_source),
-            split=config.split,
-            tie_policy=config.tie_policy,
-            max_samples=config.max_train_samples,
-            check_images=config.check_images,
-            cache_dir=config.cache_dir,
-        )
+        pairs = _load(config, _print if is_main else None)
     except ValueError as error:
         head, _, table = str(error).partition("\n")
         if is_main and table:
@@ -34,7 +31,8 @@ def load_run_pairs(config: TrainConfig, is_main: bool) -> tuple[PairDataset, Pai
         raise ValueError(f"{name} {config.data_source!r}: {head.removesuffix(':')}") from error
     if is_main:
         what = {"drop": "dropped", "keep": "kept as probability 0.5", "error": "refused"}[config.tie_policy]
-        print(f"{len(pairs)} pairs, {pairs.ties} ties {what}, {len(pairs.rejected)} rows rejected", file=sys.stderr)
+        other = f", {pairs.left_out} pairs of other models left out" if config.dreamlike_pairs_only else ""
+        print(f"{len(pairs)} pairs, {pairs.ties} ties {what}, {len(pairs.rejected)} rows rejected{other}", file=sys.stderr)
     held_out = None
     if config.held_out_pairs:
         if config.held_out_pairs >= len(pairs):
@@ -45,6 +43,29 @@ def load_run_pairs(config: TrainConfig, is_main: bool) -> tuple[PairDataset, Pai
     if config.label_noise_prob:
         pairs = flip_labels(pairs, config.label_noise_prob, config.seed)
     return pairs, held_out
+
+
+def _print(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
+def _load(config: TrainConfig, say: Callable[[str], None] | None) -> PairDataset:
+    request = Request(
+        split=config.split,
+        data_format=config.data_format,
+        given={flag: column for flag in COLUMN_FLAGS if (column := getattr(config, flag)) is not None},
+        dataset_config_name=config.dataset_config_name,
+        ranked_pairs=config.ranked_pairs,
+        choice_model=config.choice_model,
+        dreamlike_pairs_only=config.dreamlike_pairs_only,
+        tie_policy=config.tie_policy,
+        max_samples=config.max_train_samples,
+        check_images=config.check_images,
+        cache_dir=config.cache_dir,
+    )
+    if config.streaming:
+        return stream_pairs(str(config.data_source), request, config.seed, say)
+    return read_pairs(str(config.data_source), request, say)
 
 
 def flip_labels(pairs: PairDataset, probability: float, seed: int) -> PairDataset:
