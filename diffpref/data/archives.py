@@ -64,7 +64,7 @@ def _index(path: Path, cache_dir: Path) -> tuple[list[tuple[Fields, Places]], di
     except (OSError, ValueError, TypeError, AttributeError):  # not there, or damaged: made anew
         pass
     rows, problems = [], {}
-    for row in _rows(path, stat.st_size):
+    for row in _rows(path):
         if isinstance(row[0], str):
             problems[len(rows)] = row
         rows.append(({}, {}) if isinstance(row[0], str) else row)
@@ -87,15 +87,13 @@ class _Member(tarfile.TarInfo):
         return int(super()._block(count))  # type: ignore[misc]  # what the standard library calls for every size
 
 
-def _rows(path: Path, size: int) -> Iterator[tuple[Fields, Places] | Problem]:
+def _rows(path: Path) -> Iterator[tuple[Fields, Places] | Problem]:
     key: str | None = None
     members: list[tuple[str, tarfile.TarInfo]] = []
     try:
         with path.open("rb") as file, tarfile.open(fileobj=file, mode="r:", tarinfo=_Member) as archive:
             while (member := archive.next()) is not None:
                 archive.members.clear()  # type: ignore[attr-defined]  # the list would grow with every member
-                if member.offset_data + member.size > size:
-                    raise tarfile.ReadError(f"member {member.name!r} claims {member.size} bytes, more than the file has left")
                 its_key, field = _split(member.name)
                 if its_key != key and members:
                     yield _row(members, file)

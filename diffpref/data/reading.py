@@ -83,7 +83,10 @@ def open_rows(source: Source, request: Request) -> tuple[Rows, Layout, str]:
         return _from_table(source, request, "the dataset")
     path = Path(source).expanduser()
     if path.exists():
-        return _open_path(path, request)
+        try:
+            return _open_path(path, request)
+        except OSError as error:
+            raise ValueError(f"{str(error.filename or path)!r} cannot be read: {error.strerror or error}") from error
     if _looks_like_path(str(source)):
         raise ValueError(f"{str(source)!r} does not exist; give a file, a folder or a hub id: {_accepted()}")
     if request.data_format in PLACES:
@@ -105,7 +108,7 @@ def _open_path(path: Path, request: Request) -> tuple[Rows, Layout, str]:
             f"dataset_config_name is {request.dataset_config_name!r}, but {str(path)!r} is local data, which has none; drop it"
         )
     if path.is_dir() and ((path / "dataset_dict.json").exists() or (path / "state.json").exists()):
-        return _from_table(_open_saved(path, request.split), request, f"save_to_disk folder {str(path)!r}", is_stored=True)
+        return _from_table(_open_saved(path, request.split), request, f"save_to_disk folder {str(path)!r}", (path,), is_stored=True)
     kind, files = find_files(path, request)
     where = f"{len(files)} files in {str(files[0].parent)!r}" if len(files) > 1 else repr(str(files[0]))
     if kind == "parquet":
@@ -217,10 +220,12 @@ def hub_error(name: str, split: str, error: Exception) -> ValueError:
     )
 
 
-def _from_table(table: Dataset, request: Request, where: str, is_stored: bool = False) -> tuple[Rows, Layout, str]:
+def _from_table(
+    table: Dataset, request: Request, where: str, roots: tuple[Path, ...] = (), is_stored: bool = False
+) -> tuple[Rows, Layout, str]:
     layout = request.layout(list(plain_names(table.features.arrow_schema)), where)
     identity = files_identity([Path(file["filename"]) for file in table.cache_files]) if is_stored else None
-    return TableRows(table, identity=identity), layout, where
+    return TableRows(table, roots, identity), layout, where
 
 
 def _open_parquet(files: Sequence[Path], request: Request, where: str) -> tuple[Rows, Layout, str]:
