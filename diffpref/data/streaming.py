@@ -169,7 +169,7 @@ def arrival_order(num_pairs: int, seed: int) -> np.ndarray:
     for start in range(0, num_pairs, WINDOW):
         shuffled = permutation(min(WINDOW, num_pairs - start), seed, "stream", start).tolist()
         for position, place in enumerate(shuffled, start):
-            order[sampler.at(position)[0]] = start + place
+            order[sampler.micro_batch(position, 0, 0, batch_size=1, accumulation=1, world_size=1)[0][0]] = start + place
     return order
 
 

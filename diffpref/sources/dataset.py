@@ -7,10 +7,11 @@ the rounding of a kernel depends on the size of its batch.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from diffpref.core.random import PairRandom
 from diffpref.core.types import Conditioning, PreferenceBatch
 from diffpref.data.buckets import Shape
 from diffpref.data.loader import PairPixels, batches
+from diffpref.data.pairs import PairDataset
 from diffpref.data.sampler import Item
 
 MicroBatches = Callable[[], Iterable[list[Item]]]
@@ -75,6 +77,14 @@ class Encoded:
     pair_ids: list[str]
     prompts: list[str]
     visits: list[int]
+    scores: dict[str, Tensor] = field(default_factory=dict)  # by scorer (G, K), best picture first
+
+
+def scores_of(pairs: PairDataset, index: Sequence[int]) -> dict[str, Tensor]:
+    """The stored scores of pairs, float32 (G, 2) by scorer, chosen image first."""
+    rows = np.asarray(index)
+    order = np.where(pairs.p0[rows, None] >= 0.5, [[0, 1]], [[1, 0]])
+    return {name: torch.from_numpy(np.take_along_axis(x[rows], order, 1)).float() for name, x in pairs.scores.items()}
 
 
 def assemble(encoded: Encoded, encoder: Encoder) -> PreferenceBatch:
@@ -88,7 +98,14 @@ def assemble(encoded: Encoded, encoder: Encoder) -> PreferenceBatch:
     if encoder.uses_time_ids:
         cond = replace(cond, time_ids=encoded.time_ids.to(encoder.device))
     relevance = torch.stack([encoded.labels, 1 - encoded.labels], 1)
-    return PreferenceBatch(latents.to(encoder.device), cond, relevance.to(encoder.device), tuple(encoded.pair_ids), tuple(encoded.visits))
+    return PreferenceBatch(
+        latents.to(encoder.device),
+        cond,
+        relevance.to(encoder.device),
+        tuple(encoded.pair_ids),
+        tuple(encoded.visits),
+        {name: x.to(encoder.device) for name, x in encoded.scores.items()},
+    )
 
 
 def _conditioning(prompts: Sequence[str], empty: Sequence[bool], encoder: Encoder) -> Conditioning:
@@ -126,11 +143,11 @@ def split(cond: Conditioning) -> list[Conditioning]:
 def join(rows: Sequence[Conditioning]) -> Conditioning:
     """Concatenate every field along the first axis; a field is in all rows or in none."""
     joined: dict[str, Any] = {}
-    for field in fields(rows[0]):
-        parts = [getattr(row, field.name) for row in rows]
+    for entry in fields(rows[0]):
+        parts = [getattr(row, entry.name) for row in rows]
         present = [part for part in parts if part is not None]
-        assert len(present) in (0, len(parts)), f"{field.name} is in {len(present)} of {len(parts)} rows"
-        joined[field.name] = torch.cat(present) if present else None
+        assert len(present) in (0, len(parts)), f"{entry.name} is in {len(present)} of {len(parts)} rows"
+        joined[entry.name] = torch.cat(present) if present else None
     return replace(rows[0], **joined)
 
 
@@ -139,7 +156,16 @@ def from_disk(pixels: PairPixels, micro_batches: MicroBatches, encoder: Encoder,
     for batch in batches(pixels, micro_batches, num_workers):
         moments = encoder.moments(batch["pixels"].flatten(0, 1)).unflatten(0, (-1, 2))
         yield assemble(
-            Encoded(moments, batch["time_ids"], batch["label"], batch["pair_id"], batch["prompt"], batch["visit"].tolist()), encoder
+            Encoded(
+                moments,
+                batch["time_ids"],
+                batch["label"],
+                batch["pair_id"],
+                batch["prompt"],
+                batch["visit"].tolist(),
+                scores_of(pixels.pairs, batch["index"].tolist()),
+            ),
+            encoder,
         )
 
 
@@ -185,6 +211,5 @@ class LatentCache:
             moments = self.moments[shape][self.place[index, None], views, image]
             names = [pairs.pair_ids[i] for i, _ in items]
             prompts, visits = [pairs.prompts[i] for i, _ in items], [visit for _, visit in items]
-            yield assemble(
-                Encoded(moments, self.time_ids[index[:, None], views, image], self.labels[index], names, prompts, visits), encoder
-            )
+            time_ids, scores = self.time_ids[index[:, None], views, image], scores_of(pairs, index.tolist())
+            yield assemble(Encoded(moments, time_ids, self.labels[index], names, prompts, visits, scores), encoder)

@@ -6,8 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
+import yaml
+from safetensors.torch import load_file
 
 from diffpref import cli
 from diffpref.methods.diffusion_dpo import DiffusionDPO
@@ -62,8 +66,6 @@ def test_every_recipe_takes_a_step(recipe: str, base_settings: Settings, tmp_pat
     objective = build_objective(recipe, {name: value for name, value in SMALL.items() if name in names})
     settings = base_settings | {"max_train_steps": 2, "output_dir": str(tmp_path / "run")}
     folder = align(TrainConfig(**settings), objective).folder
-    from safetensors.torch import load_file
-
     weights = load_file(folder / "checkpoint-2" / "weights.safetensors")
     moved = [name for name, x in weights.items() if "lora_B" in name and float(x.abs().max()) > 0]
     assert moved, "no adapter left its start"
@@ -91,3 +93,40 @@ def test_a_trajectory_resumes_bit_for_bit(
     run("parts", 2)
     parts = read_state(run("parts", 4, resume_from_checkpoint="latest"), 4)
     assert [name for name in whole if not torch.equal(whole[name], parts[name])] == []
+
+
+def scored(pairs_file: Path, folder: Path) -> Path:
+    """The pairs with columns of two scorers: one that varies, one that does not."""
+    table = pq.read_table(pairs_file)
+    for name, values in (("pickscore", range(2 * len(table))), ("flat", [1.0] * 2 * len(table))):
+        for image in (0, 1):
+            column = pa.array([float(values[2 * row + image]) for row in range(len(table))])
+            table = table.append_column(f"{name}_{image}", column)
+    path = folder / "scored.parquet"
+    pq.write_table(table, path)
+    return path
+
+
+@pytest.mark.parametrize("cache_latents", [False, True])
+@pytest.mark.parametrize("recipe", ["smpo", "odpo"])
+def test_scores_of_the_data_reach_the_method(
+    recipe: str, cache_latents: bool, base_settings: Settings, pairs_file: Path, tmp_path: Path
+) -> None:
+    settings = base_settings | {
+        "train_data_dir": str(scored(pairs_file, tmp_path)),
+        "max_train_steps": 1,
+        "output_dir": str(tmp_path / "run"),
+        "cache_latents": cache_latents,
+    }
+    names = objective_names(recipe)
+    objective = build_objective(recipe, {"score": "pickscore"} | ({"num_steps": 2} if "num_steps" in names else {}))
+    align(TrainConfig(**settings), objective)
+    stored = yaml.safe_load((tmp_path / "run" / "diffpref_config.yaml").read_text())
+    if recipe == "smpo":
+        assert (stored["score_min"], stored["score_max"]) == (0.0, 47.0)
+
+
+def test_a_constant_score_is_refused(base_settings: Settings, pairs_file: Path, tmp_path: Path) -> None:
+    settings = base_settings | {"train_data_dir": str(scored(pairs_file, tmp_path)), "output_dir": str(tmp_path / "run")}
+    with pytest.raises(ValueError, match=r"'flat' are 1\.0 for every image"):
+        align(TrainConfig(**settings), build_objective("smpo", {"score": "flat"}))
