@@ -92,9 +92,9 @@ class DdimInversion:
     ) -> Tensor:
         """x_t (G, K, C, h, w) of clean latents x_0 at one level per group; groups that have arrived leave the batch."""
         plans = [self.moves(t, process.num_timesteps) for t in levels]
-        rounds = most = max(map(len, plans))
+        rounds = max(map(len, plans))
         if self.equal_forwards:
-            rounds = all_max(most, x_0.device)
+            rounds = all_max(rounds, x_0.device)
         x = x_0.clone()
         for k in range(rounds):
             rows = [g for g, plan in enumerate(plans) if k < len(plan)]

@@ -83,11 +83,14 @@ def test_steps_of_a_trajectory_share_one_factor(many: Case) -> None:
     _batch, (e,) = many
     heavy = replace(e, step=replace(e.step, weight=3 * e.step.weight))
     torch.testing.assert_close(SDPO(mu=0.4).factor([heavy, heavy]), SDPO(mu=0.4).factor([e]), rtol=1e-12, atol=0)
-    a, b = (e.policy - e.step.target).detach().flatten(2).unbind(1)
-    turned = replace(e, policy=e.policy.flip(1), step=replace(e.step, target=e.step.target.flip(1), weight=2 * e.step.weight))
-    own, mutual = (a * a).sum(-1) + 4 * (b * b).sum(-1), 5 * (a * b).sum(-1)
-    expected = torch.where(mutual > 0, (0.6 * own / mutual).clamp(0, 1), 1)
-    torch.testing.assert_close(SDPO(mu=0.4).factor([e, turned]), expected, rtol=1e-12, atol=0)
+    error = (e.policy - e.step.target).detach()
+    alike = torch.stack([error[:, 0], 2 * error[:, 0] + 0.5 * error[:, 1]], 1)  # so that no factor is at its bounds
+    one = replace(e, policy=e.step.target + alike)
+    two = replace(e, policy=e.step.target + alike.flip(1), step=replace(e.step, weight=2 * e.step.weight))
+    a, b = alike.flatten(2).unbind(1)
+    expected = 0.4 * ((a * a).sum(-1) + 4 * (b * b).sum(-1)) / (5 * (a * b).sum(-1))
+    assert float(expected.max()) < 1
+    torch.testing.assert_close(SDPO(mu=0.6).factor([one, two]), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
