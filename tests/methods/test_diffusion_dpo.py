@@ -164,3 +164,14 @@ def test_beta_must_be_positive(beta: float) -> None:
 def test_label_smoothing_stays_below_one_half(smoothing: float) -> None:
     with pytest.raises(ValueError, match=f"label_smoothing is {smoothing}"):
         DiffusionDPO(label_smoothing=smoothing)
+
+
+def test_the_default_is_bit_for_bit_the_expression_of_the_paper(random_case: Callable[..., Case]) -> None:
+    batch, (e,) = random_case(5, 2, torch.float32)
+    assert e.reference is not None
+    errors = [(x - e.step.target).pow(2).flatten(2).mean(-1) for x in (e.policy, e.reference.detach())]
+    reward = 0.5 * 5000.0 * (errors[1] - errors[0])
+    p = batch.relevance[:, 0]
+    logit = reward[:, 0] - reward[:, 1]
+    expected = -p * torch.nn.functional.logsigmoid(logit) - (1 - p) * torch.nn.functional.logsigmoid(-logit)
+    assert torch.equal(DiffusionDPO().loss(batch, [e]).per_group, expected)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from diffpref.core.process import DdpmProcess
+from diffpref.core.random import PairRandom
 from diffpref.core.types import Conditioning, PathStep, PreferenceBatch
 from diffpref.paths.forward import ForwardNoising
 
@@ -119,3 +120,13 @@ def test_log_snr() -> None:
 def test_shares_are_checked(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"{name} is {value}"):
         ForwardNoising(**{name: value})
+
+
+def test_the_default_draws_nothing_but_timestep_and_noise() -> None:
+    draws = PairRandom(9, IDS, VISITS)
+    t = draws.integers("timestep", 1000)[:, None].expand(3, 2)
+    noise = draws.normal("noise", LATENTS.shape[2:])[:, None].expand_as(LATENTS)
+    step_made = made(ForwardNoising())
+    assert torch.equal(step_made.timesteps, t)
+    assert torch.equal(step_made.x_t, PROCESS.add_noise(LATENTS, noise, t))
+    assert torch.equal(step_made.target, noise)
