@@ -52,15 +52,35 @@ def _renamed(module: nn.Module, rules: Sequence[Rule], part: str) -> State:
     """The weights of a module with the beginning of each name replaced by the first rule that matches it."""
     state = {}
     for name, x in module.state_dict().items():
-        matches = ((re.match(pattern, name), place) for pattern, place in rules)
-        found = next(((match, place) for match, place in matches if match), None)
-        if found is None or "base_layer" in name or "lora_" in name:
+        original = _original(name, rules)
+        if original is None or "base_layer" in name or "lora_" in name:
             raise ValueError(
                 f"{part} weight {name!r} has no place in a single-file checkpoint; merge adapters first, or save a diffusers folder"
             )
-        match, place = found
-        state[place(match) + name[match.end() :]] = x
+        state[original] = x
     return state
+
+
+def _original(name: str, rules: Sequence[Rule]) -> str | None:
+    """A name with its beginning replaced by the first rule that matches it; None if there is none."""
+    matches = ((re.match(pattern, name), place) for pattern, place in rules)
+    return next((place(match) + name[match.end() :] for match, place in matches if match), None)
+
+
+def original_unet_layers(unet: UNet2DConditionModel) -> Callable[[str], str]:
+    """A function from the name of one of the UNet's layers to its name in the original layout, without the prefix of the file.
+
+    It raises ValueError for a layer that the layout has no place for.
+    """
+    rules = _unet_rules(unet)
+
+    def original(layer: str) -> str:
+        found = _original(layer + ".", rules)  # the rules are written for weights, whose names go on after the layer's
+        if found is None:
+            raise ValueError(f"unet layer {layer!r} has no name in the original layout; save in the diffusers form")
+        return found.removesuffix(".")
+
+    return original
 
 
 RESNET = {
