@@ -16,6 +16,7 @@ USAGE = """usage: diffpref COMMAND [--setting value ...]
 
   train      align a model with preference pairs; without model and data it uses the embedded testbed
   generate   pictures from prompts and seeds, with a base, aligned or LoRA checkpoint
+  export     a run's result for another program: kohya LoRA, merged pipeline, single file
   label      pairs from a model's pictures, judged by scorers; or scores and labels for existing pairs
   evaluate   aligned models against their base, judged by scorers: report.html, report.json, scores.parquet
   benchmark  pictures in the layouts of GenEval, DPG-Bench, T2I-CompBench and HPDv2, and their results
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "generate": generate,
+        "export": export,
         "label": label,
         "evaluate": evaluate,
         "verify": verify,
@@ -217,6 +219,16 @@ def generate(argv: list[str]) -> int:
     config = _configured(SampleConfig, argv, "generate")
     _no_loading_bars()
     return 0 if config is None else sample(config)
+
+
+def export(argv: list[str]) -> int:
+    """A LoRA or pipeline in another form; see diffpref/inference/export.py."""
+    from diffpref.inference.export import ExportConfig
+    from diffpref.inference.export import export as run
+
+    config = _configured(ExportConfig, argv, "export")
+    _no_loading_bars()
+    return 0 if config is None else run(config)
 
 
 def label(argv: list[str]) -> int:

@@ -18,9 +18,6 @@ from torch import Tensor, nn
 
 from diffpref.models.single_file import original_unet_layers
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
-"""Components that can carry an adapter."""
-
 
 @dataclass(frozen=True)
 class LoraWeights:
@@ -110,11 +107,16 @@ def _check_form(part: str, module: nn.Module) -> None:
         raise ValueError(f"the adapter of the {part} has biases, which the kohya form cannot carry; use --format pipeline or single_file")
 
 
-def kohya_metadata(pipeline: DiffusionPipeline, state: Mapping[str, Tensor], title: str) -> dict[str, str]:
-    """What front ends show of a file: its form, rank, alpha, family and title; only what is known.
+_PUBLISHED = {
+    (False, 768): ("sd_v1", "stable-diffusion-v1"),
+    (False, 1024): ("sd_v2", "stable-diffusion-v2"),
+    (True, 2048): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
+}
+"""(is SDXL, width of the text embeddings) -> sd-scripts' and the ModelSpec's name of the base model."""
 
-    The base model is named for the published sizes alone: a family's small relative is of no version that a front end knows.
-    """
+
+def kohya_metadata(pipeline: DiffusionPipeline, state: Mapping[str, Tensor], title: str) -> dict[str, str]:
+    """What front ends show of a LoRA file: its form, rank, alpha, base model and title; only what is known."""
     ranks = {str(x.shape[0]) for name, x in state.items() if name.endswith("lora_down.weight")}
     alphas = {f"{float(x):g}" for name, x in state.items() if name.endswith(".alpha")}
     metadata = {
@@ -123,27 +125,33 @@ def kohya_metadata(pipeline: DiffusionPipeline, state: Mapping[str, Tensor], tit
         "ss_network_dim": ranks.pop() if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": alphas.pop() if len(alphas) == 1 else "Dynamic",
         "ss_output_name": title,
-        "modelspec.title": title,
     }
-    return metadata | _base_version(pipeline.unet, pipeline.scheduler.config.prediction_type)
+    version, _ = _published(pipeline.unet)
+    if version:
+        metadata |= {"ss_base_model_version": version, "ss_v2": str(version == "sd_v2")}
+    return metadata | modelspec(pipeline, title, is_lora=True)
 
 
-def _base_version(unet: UNet2DConditionModel, prediction_type: str) -> dict[str, str]:
-    kind = ("xl" if is_sdxl(unet) else "sd", unet.config.cross_attention_dim)
-    v_prediction = prediction_type == "v_prediction"
-    versions = {
-        ("sd", 768): ("sd_v1", "stable-diffusion-v1", "diffusers"),
-        ("sd", 1024): ("sd_v2", f"stable-diffusion-v2-{'768-v' if v_prediction else '512'}", "diffusers"),
-        ("xl", 2048): ("sdxl_base_v1-0", "stable-diffusion-xl-v1-base", "https://github.com/Stability-AI/generative-models"),
-    }
-    if kind not in versions:
-        return {}
-    version, architecture, implementation = versions[kind]
+def modelspec(pipeline: DiffusionPipeline, title: str, is_lora: bool = False) -> dict[str, str]:
+    """Metadata of the ModelSpec that front ends show: title, and for a published architecture its name and what it predicts.
+
+    A small relative of a family is of no architecture that a front end knows, so that none is named.
+    """
+    v_prediction = pipeline.scheduler.config.prediction_type == "v_prediction"
+    version, architecture = _published(pipeline.unet)
+    if not version:
+        return {"modelspec.title": title}
+    if version == "sd_v2":
+        architecture += "-768-v" if v_prediction else "-512"
+    in_diffusers_names = is_lora and not is_sdxl(pipeline.unet)
     return {
-        "ss_base_model_version": version,
-        "ss_v2": str(version == "sd_v2"),
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": f"{architecture}/lora",
-        "modelspec.implementation": implementation,
+        "modelspec.architecture": architecture + ("/lora" if is_lora else ""),
+        "modelspec.implementation": "diffusers" if in_diffusers_names else "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": title,
         "modelspec.prediction_type": "v" if v_prediction else "epsilon",
     }
+
+
+def _published(unet: UNet2DConditionModel) -> tuple[str, str]:
+    return _PUBLISHED.get((is_sdxl(unet), unet.config.cross_attention_dim), ("", ""))

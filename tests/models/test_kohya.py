@@ -20,7 +20,20 @@ from diffpref.models.lora import TARGETS
 
 FolderOf = Callable[[str], Path]
 ATTENTION = [*TARGETS["attention"]]
-ALL = [*TARGETS["all"], "conv_shortcut", "conv"]
+ALL = [
+    "to_q",
+    "to_k",
+    "to_out.0",
+    "ff.net.0.proj",
+    "ff.net.2",
+    "proj_in",
+    "proj_out",
+    "conv1",
+    "conv2",
+    "time_emb_proj",
+    "conv_shortcut",
+    "conv",
+]
 TEXT = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
 
 
