@@ -191,7 +191,7 @@ def _check_model_and_data(settings: dict[str, Any]) -> None:
 
 def _run(config: Any, objective: Any, num_eval_prompts: int | None, notes: list[str]) -> int:
     """Align, and with num_eval_prompts compare with the testbed's base. `notes` say where settings came from."""
-    from diffpref.training.align import align
+    from diffpref.training.align import align, refresh_card
     from diffpref.training.stopping import NotFinite, Stopped
 
     _no_loading_bars()
@@ -207,6 +207,7 @@ def _run(config: Any, objective: Any, num_eval_prompts: int | None, notes: list[
         from diffpref.testbed.demo import report_run
 
         report_run(aligned.folder, aligned.timings, num_eval_prompts)
+        refresh_card(aligned, config)
     elif aligned.is_main_process:
         print(f"aligned model: {aligned.folder}")
     return 0

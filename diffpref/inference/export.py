@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers
 import torch
@@ -24,8 +24,8 @@ from diffpref.core.types import Conditioning
 from diffpref.inference.sample import DTYPES
 from diffpref.models.backbone import Backbone, load_backbone
 from diffpref.models.kohya import LoraWeights, kohya_metadata, kohya_state, lora_layers, modelspec
-from diffpref.models.lora import LORA_FILE, save_lora
-from diffpref.models.saving import PARTS, merge_adapters, save_configs, save_pipeline
+from diffpref.models.lora import LORA_FILE, adapted_parts, merge_adapter, save_lora
+from diffpref.models.saving import save_configs, save_pipeline
 from diffpref.models.single_file import to_original_layout
 
 LORA_FORMATS = ("diffusers", "kohya")
@@ -151,7 +151,7 @@ def load_adapter(pipeline: DiffusionPipeline, source: str) -> None:
         raise ValueError(
             f"lora {source!r} could not be loaded ({reason}); give a LoRA of this base model: a file, or a folder with {LORA_FILE}"
         ) from error
-    for part in adapted_parts(pipeline):
+    for part in adapted_parts(pipeline).values():
         own_memory(part)
     found, wanted = len(adapter_of(pipeline)), sum(bool(_DOWN.search(n)) for n in names or ())
     if found == 0 or (names is not None and found != wanted):
@@ -173,8 +173,8 @@ def tensor_names(path: Path) -> list[str]:
 
 def scale_adapter(pipeline: DiffusionPipeline, scale: float) -> None:
     """Multiply the adapter's contribution. Raises ValueError for DoRA, which has no strength: its magnitudes stay."""
-    configs = [getattr(getattr(pipeline, name, None), "peft_config", {}).get("default") for name in PARTS]
-    if scale != 1 and any(config is not None and config.use_dora for config in configs):
+    configs: list[Any] = [part.peft_config for part in adapted_parts(pipeline).values()]
+    if scale != 1 and any(config["default"].use_dora for config in configs):
         raise ValueError(f"lora_scale is {scale}, but the adapter is a DoRA, whose magnitudes do not scale with it; leave it out")
     for w in adapter_of(pipeline).values():
         w.up.mul_(scale)
@@ -182,14 +182,13 @@ def scale_adapter(pipeline: DiffusionPipeline, scale: float) -> None:
 
 def adapter_of(pipeline: DiffusionPipeline) -> dict[str, LoraWeights]:
     """The adapter "default" of all parts by part and layer; the tensors are the adapter's own."""
-    parts = {name: getattr(pipeline, name, None) for name in PARTS}
-    return {f"{name}.{layer}": w for name, part in parts.items() if part is not None for layer, w in lora_layers(part)}
+    return {f"{name}.{layer}": w for name, part in adapted_parts(pipeline).items() for layer, w in lora_layers(part)}
 
 
 def write_lora(config: ExportConfig, backbone: Backbone, draft: Path) -> list[str]:
     """Write the adapter as a LoRA file, read it back through diffusers into the same base, and say what was compared."""
     pipeline, dtype = backbone.pipeline, DTYPES[config.dtype]
-    for part in adapted_parts(pipeline):
+    for part in adapted_parts(pipeline).values():
         round_adapter(part, dtype)
     check_finite(pipeline, config.dtype)
     before = {name: (w.down.clone(), w.up * w.scale) for name, w in adapter_of(pipeline).items()}
@@ -198,7 +197,7 @@ def write_lora(config: ExportConfig, backbone: Backbone, draft: Path) -> list[st
         state = {name: x if name.endswith(".alpha") else x.to(dtype) for name, x in kohya_state(pipeline).items()}
         save_file(state, draft, metadata=kohya_metadata(pipeline, state, draft.stem))
     else:
-        for part in adapted_parts(pipeline):
+        for part in adapted_parts(pipeline).values():
             cast_adapter(part, dtype)
         save_lora(pipeline, draft.parent)
         (draft.parent / LORA_FILE).replace(draft)
@@ -229,7 +228,8 @@ def write_merged(config: ExportConfig, backbone: Backbone, draft: Path) -> list[
         check_layout(pipeline)
     if config.lora:
         adapted = prediction(backbone)
-        merge_adapters(pipeline)
+        for part in adapted_parts(pipeline).values():
+            merge_adapter(part)
         difference = largest(prediction(backbone) - adapted)
         if not difference <= ROUNDING["fp32"] * largest(adapted):
             raise unequal(f"merging changed the UNet's output by {difference:.3g}")
@@ -269,11 +269,6 @@ def check_layout(pipeline: DiffusionPipeline) -> None:
 def networks(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     """The parts with weights, by name."""
     return {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-
-
-def adapted_parts(pipeline: DiffusionPipeline) -> list[nn.Module]:
-    """The parts that carry an adapter."""
-    return [part for name, part in networks(pipeline).items() if name in PARTS and getattr(part, "peft_config", None)]
 
 
 def cast_adapter(part: nn.Module, dtype: torch.dtype) -> None:

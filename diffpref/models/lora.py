@@ -98,17 +98,22 @@ def _named_as_published(part: nn.Module) -> dict[str, Tensor]:
     return {f"text_model.{name}": x for name, x in layers.items()}
 
 
-@torch.no_grad()
 def merged_copy(part: nn.Module) -> nn.Module:
     """A copy of a component with its adapter added to the weights and removed."""
     part = copy.deepcopy(part)
+    merge_adapter(part)
+    return part
+
+
+@torch.no_grad()
+def merge_adapter(part: nn.Module) -> None:
+    """Add a component's adapter to its weights, in place, and remove it."""
     for layer in part.modules():
         if isinstance(layer, BaseTunerLayer):
             layer.merge()
     recurse_remove_peft_layers(part)
     del part.peft_config
     part._hf_peft_config_loaded = False  # type: ignore[assignment]  # else save_pretrained would write an adapter
-    return part
 
 
 def trainable_state(module: nn.Module) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""Writing pipelines that plain diffusers reads, also with older libraries, and merging adapters into them."""
+"""Writing pipelines that plain diffusers reads, also with older libraries."""
 
 from __future__ import annotations
 
@@ -7,17 +7,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 SHARD = "20GB"
 """Largest weight file. Above SDXL's UNet in float32 (10.3 GB): many tools expect one file, which diffusers would split at 10 GB."""
-
-
-PARTS = ("unet", "text_encoder", "text_encoder_2")
-"""Components that can carry an adapter."""
 
 
 def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
@@ -68,12 +63,3 @@ def save_configs(pipeline: DiffusionPipeline, folder: Path) -> None:
             part.config.save_pretrained(folder / name)
         else:
             part.save_pretrained(folder / name)
-
-
-@torch.no_grad()
-def merge_adapters(pipeline: DiffusionPipeline) -> None:
-    """Add the adapters of all parts to their weights, in place, and remove them: LoRA, rsLoRA and DoRA."""
-    carrying = [name for name in PARTS if getattr(getattr(pipeline, name, None), "peft_config", None)]
-    if carrying:
-        pipeline.fuse_lora(components=carrying)
-        pipeline.unload_lora_weights()

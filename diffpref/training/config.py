@@ -5,7 +5,7 @@ Later wins: dataclass defaults, then the YAML file, then flags.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -197,8 +197,8 @@ class TrainConfig:
     """Upload the finished model and its card to the hub."""
     hub_model_id: str | None = None
     """Hub repository; the name of output_dir when not given."""
-    hub_token: str | None = None
-    """Token of the hub; the one of huggingface-cli login when not given."""
+    hub_token: str | None = field(default=None, repr=False)
+    """Token of the hub; the one of `hf auth login` or HF_TOKEN when not given. It is stored nowhere."""
 
     def __post_init__(self) -> None:
         _check_ranges(self)
@@ -229,11 +229,24 @@ class TrainConfig:
             raise ValueError(
                 f"train_data_dir {self.train_data_dir!r} and dataset_name {self.dataset_name!r} are both given; keep the one to train on"
             )
+        _check_hub(self)
 
     @property
     def data_source(self) -> str | None:
         """The folder or hub id of the pairs."""
         return self.train_data_dir or self.dataset_name
+
+
+def _check_hub(config: TrainConfig) -> None:
+    for name in ("hub_model_id", "hub_token"):
+        if getattr(config, name) is not None and not config.push_to_hub:
+            raise ValueError(f"{name} is given, but push_to_hub is false, so that it would be ignored; add --push_to_hub, or drop it")
+    trackers = {name.strip() for name in config.report_to.split(",")} - {"none", "tensorboard"}
+    if config.hub_token is not None and trackers:
+        raise ValueError(
+            f"hub_token is given together with report_to {config.report_to!r}: such trackers store the command with the token in it; "
+            "log in with `hf auth login` or set HF_TOKEN in place of hub_token"
+        )
 
 
 _AT_LEAST = {

@@ -25,6 +25,7 @@ from diffpref.training import checkpoint
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import new_accelerator, pairs_per_update
 from diffpref.training.ema import exchanged
+from diffpref.training.hub import claim_repository
 from diffpref.training.models import load_models
 from diffpref.training.objective import Objective, fitted
 from diffpref.training.optim import check_optimizer
@@ -60,6 +61,7 @@ class Run:
     validation: Validation | None
     data: str  # fingerprint of the training pairs
     first_step: int = 0
+    repository: str | None = None  # full id on the hub, on the main process of a run that pushes
 
     @property
     def process(self) -> DdpmProcess:
@@ -150,8 +152,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     accelerator = new_accelerator(config)
     if accelerator.is_main_process:
         print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
-    folder, resume = claim(config, objective, accelerator)
-    check_early_stopping(config, objective)
+    folder, resume, repository = claim_places(config, objective, accelerator)
     pairs, held_out = load_run_pairs(config, accelerator.is_main_process)
     objective = fitted(objective, pairs)
     scorer = load_scorer(config.validation_scorer, accelerator.device) if accelerator.is_main_process else None
@@ -195,7 +196,18 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
         validation=validation,
         data=pairs.fingerprint,
         first_step=first_step,
+        repository=repository,
     )
+
+
+def claim_places(config: TrainConfig, objective: Objective, accelerator: Accelerator) -> tuple[Path, Path | None, str | None]:
+    """(run folder, checkpoint to resume from or None, repository on the hub or None), after the checks that need nothing loaded.
+
+    Raises ValueError as `claim` and `claim_repository` do; nothing is written on this machine.
+    """
+    folder, resume = claim(config, objective, accelerator)
+    check_early_stopping(config, objective)
+    return folder, resume, claim_repository(config, folder) if accelerator.is_main_process else None
 
 
 def new_reference(backbone: Backbone, module: nn.Module, frozen_copy: nn.Module | None, policy: Predict) -> Predict:

@@ -40,6 +40,8 @@ _MAY_CHANGE = {
     "report_to",
     "logging_dir",
     "tracker_project_name",
+    "push_to_hub",
+    "hub_model_id",
     "merge_lora",
     "check_images",
     "cache_latents",
@@ -121,10 +123,11 @@ def open_folder(
     per_update, rate = pairs_per_update(config, accelerator), effective_learning_rate(config, accelerator)
     manifest = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": sys.argv,
+        "command": [word.replace(config.hub_token, "***") for word in sys.argv] if config.hub_token else sys.argv,
         "notes": list(notes),
         "settings": to_flat(config, *method.parts),
         "effective_learning_rate": rate,
+        "objective": [type(part).__name__ for part in method.parts],
         "pairs_per_update": per_update,
         "beta_convention": "beta multiplies half the difference of mean squared errors",
         "num_processes": accelerator.num_processes,

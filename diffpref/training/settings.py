@@ -120,10 +120,10 @@ def names_of(*classes: Any) -> list[str]:
 
 
 def to_flat(*parts: Any) -> Settings:
-    """The resolved settings of dataclass instances as plain values for YAML and JSON."""
+    """The resolved settings of dataclass instances as plain values for YAML and JSON, without secrets: fields with repr=False."""
     flat: Settings = {}
     for part in parts:
-        flat |= {f.name: getattr(part, f.name) for f in dataclasses.fields(part)}
+        flat |= {f.name: getattr(part, f.name) for f in dataclasses.fields(part) if f.repr}
     return {name: list(value) if isinstance(value, tuple) else value for name, value in flat.items()}
 
 
