@@ -160,3 +160,17 @@ def test_a_failed_export_leaves_nothing(sd_folder: Path, tmp_path: Path, monkeyp
     with pytest.raises(OSError, match="no space"):
         export(DiffusionPipeline.from_pretrained(sd_folder), tmp_path, "full", merge_lora=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_replacement_is_no_pipeline(sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(sd_folder)
+    export(pipeline, tmp_path, "full", merge_lora=False)
+
+    def killed(path: Path, *_: object, **__: object) -> None:
+        if path.name == "unet":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(module.shutil, "rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(pipeline, tmp_path, "full", merge_lora=False)
+    assert not (tmp_path / "model_index.json").exists()
