@@ -319,6 +319,16 @@ def test_adapters_that_do_not_fit(bases: dict[str, Path], trained: Callable[...,
     assert "holds a LoRA and no pipeline; use --lora" in error_of(capsys)
 
 
+def test_weights_leave_the_mapped_file(bases: dict[str, Path], trained: Callable[..., Any], tmp_path: Path) -> None:
+    stored = load_file(trained("sd", "lora")[0] / LORA_FILE)
+    save_file(stored, tmp_path / "odd.safetensors", metadata={"pad": "x" * 13})
+    pipeline = plain(bases["sd"])
+    module.load_adapter(pipeline, str(tmp_path / "odd.safetensors"))
+    places = [p.data_ptr() for name, p in pipeline.unet.named_parameters() if "lora_" in name]
+    assert len(places) == len(stored)
+    assert not [place for place in places if place % 64]
+
+
 def test_dora_is_refused_where_it_cannot_travel(bases: dict[str, Path], trained: Callable[..., Any], tmp_path: Path, capsys: Any) -> None:
     lora, expected = trained("sd", "dora")
     settings = {"lora": lora, "pretrained_model_name_or_path": bases["sd"]}
