@@ -142,13 +142,18 @@ def find_files(path: Path, request: Request) -> tuple[str, list[Path]]:
         shown = f"data_format is {request.data_format!r}, but there is " if request.data_format in PLACES else ""
         inside = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
         raise ValueError(f"{shown}no data of an accepted kind in {str(path)!r} (seen: {inside}); {_accepted()}")
+    named = {kind: files for kind, files in seen.items() if kind == "folder" or _named_after(files, request.split)}
+    seen = named if len(named) == 1 else seen  # reports and settings may lie beside the data
     if len(seen) > 1:
         described = "; ".join(f"{kind}: {', '.join(file.name for file in files[:3])}" for kind, files in seen.items())
         raise ValueError(
             f"{str(path)!r} holds several kinds of data ({described}). Name the one that is meant with data_format ({', '.join(seen)}), "
             f"or give the file itself"
         )
-    return next(iter(seen.items()))
+    [(kind, files)] = seen.items()
+    if kind not in named and len(files) > 1:
+        _log.warning("no file in %s is named after the split %r: all %d files are read", files[0].parent, request.split, len(files))
+    return kind, files
 
 
 def _seen(folder: Path, split: str) -> dict[str, list[Path]]:
@@ -157,12 +162,12 @@ def _seen(folder: Path, split: str) -> dict[str, list[Path]]:
     for kind, pattern in (("parquet", "*.parquet"), ("webdataset", "*.tar")):
         files = _visible(folder, pattern) or _visible(folder / "data", pattern)
         if files:
-            found[kind] = _files_of_split(files, split)
+            found[kind] = _named_after(files, split) or files
     lines = _visible(folder, "*.jsonl") + _visible(folder, "*.ndjson")
     documents = [path for path in _visible(folder, "*.json") if path.name != "dataset_infos.json"]
     of_split = [path for path in documents if path.stem == split]
     if lines:
-        found["jsonl"] = _files_of_split(lines, split)
+        found["jsonl"] = _named_after(lines, split) or lines
     elif of_split or len(documents) == 1:
         found["jsonl"] = of_split or documents
     for place in (folder, folder / split):
@@ -176,16 +181,11 @@ def _visible(folder: Path, pattern: str) -> list[Path]:
     return sorted(path for path in folder.glob(pattern) if not path.name.startswith("."))
 
 
-def _files_of_split(files: list[Path], split: str) -> list[Path]:
-    """Files named after the split, or all. A whole word wins: split `test` does not read `test_unique-0.parquet`."""
+def _named_after(files: Sequence[Path], split: str) -> list[Path]:
+    """Files named after the split. A whole word wins: split `test` does not read `test_unique-0.parquet`."""
     name = re.escape(split)
-    for pattern in (rf"{name}[-.]", rf".*[-.]{name}[-.]", name):
-        chosen = [path for path in files if re.match(pattern, path.name)]
-        if chosen:
-            return chosen
-    if len(files) > 1:
-        _log.warning("no file in %s is named after the split %r: all %d files are read", files[0].parent, split, len(files))
-    return files
+    patterns = (rf"{name}[-.]", rf".*[-.]{name}[-.]", name)
+    return next((chosen for pattern in patterns if (chosen := [path for path in files if re.match(pattern, path.name)])), [])
 
 
 def _open_saved(folder: Path, split: str) -> Dataset:

@@ -170,6 +170,7 @@ def test_several_kinds_in_one_folder(load: Any, put: Any, rows: Any, write_parqu
     with pytest.raises(ValueError, match=r"several kinds of data \(parquet: train-0\.parquet; jsonl: train\.jsonl\).*data_format"):
         load(tmp_path / "j")
     assert len(load(tmp_path / "j", data_format="jsonl")) == 3
+    assert len(load(tmp_path / "j", split="other", data_format="jsonl")) == 3
     assert len(load(tmp_path / "j", data_format="parquet")) == 2
     with pytest.raises(ValueError, match=r"type '\.jsonl' and data_format is 'parquet'"):
         load(tmp_path / "j" / "train.jsonl", data_format="parquet")
@@ -185,3 +186,12 @@ def test_all_files_are_read_when_none_is_named_after_the_split(load: Any, put: A
     with caplog.at_level(logging.WARNING):
         assert len(load(folder)) == 3
     assert "no file in" in caplog.text
+
+
+def test_reports_beside_the_data_are_no_data(load: Any, put: Any, write_parquet: Any, make_columns: Any, tmp_path: Path) -> None:
+    write_parquet(make_columns(2), "j/train-0.parquet")
+    put("j/label_report.json", "{}")
+    put("j/rejected_rows.jsonl", "{}")
+    assert len(load(tmp_path / "j")) == 2
+    with pytest.raises(ValueError, match="several kinds of data"):
+        load(tmp_path / "j", split="test")

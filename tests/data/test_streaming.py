@@ -15,11 +15,12 @@ from typing import Any
 import datasets
 import pytest
 
-from diffpref.data import streaming
+from diffpref.data import spool, streaming
 from diffpref.data.loader import PairPixels, batches
 from diffpref.data.reading import Request
 from diffpref.data.sampler import PairSampler
-from diffpref.data.streaming import Follower, StreamedPairs, stream_pairs
+from diffpref.data.spool import Follower
+from diffpref.data.streaming import StreamedPairs, stream_pairs
 
 Stream = Callable[..., StreamedPairs]
 
@@ -27,9 +28,8 @@ Stream = Callable[..., StreamedPairs]
 @pytest.fixture
 def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
     """stream(source, number of pairs, **settings) -> pairs, in windows of 32 and files of 16 pairs from chunks of 8 rows."""
-    monkeypatch.setattr(streaming, "WINDOW", 32)
-    monkeypatch.setattr(streaming, "_FILE_PAIRS", 16)
-    monkeypatch.setattr(streaming, "_CHUNK", 8)
+    for module, name, size in ((streaming, "WINDOW", 32), (spool, "WINDOW", 32), (spool, "_FILE_PAIRS", 16), (spool, "_CHUNK", 8)):
+        monkeypatch.setattr(module, name, size)
 
     def run(source: Path | str, num_pairs: int | None, seed: int = 0, **settings: Any) -> StreamedPairs:
         return stream_pairs(source, Request(max_samples=num_pairs, cache_dir=tmp_path / "cache", **settings), seed)
@@ -42,7 +42,8 @@ def stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Stream]:
 
 def _first_pass(pairs: StreamedPairs, seed: int = 0) -> list[str]:
     sampler = PairSampler(len(pairs), seed)
-    return [pairs.row(sampler.at(position)[0]).prompt for position in range(len(pairs))]
+    items = (sampler.micro_batch(position, 0, 0, batch_size=1, accumulation=1, world_size=1) for position in range(len(pairs)))
+    return [pairs.row(index).prompt for [(index, _)] in items]
 
 
 def test_streamed_pairs_are_the_loaded_ones(stream: Stream, load: Any, make_columns: Any, write_parquet: Any, found: Any) -> None:
@@ -137,7 +138,7 @@ def test_workers_and_other_processes_wait_for_rows(stream: Stream, make_columns:
     copy = ForkingPickler.loads(ForkingPickler.dumps(pairs))
     assert copy.row(40) == pairs.row(40)
     sampler = PairSampler(48, 0)
-    order = [[sampler.at(8 * batch + place) for place in range(8)] for batch in range(6)]
+    order = [sampler.micro_batch(step, 0, 0, batch_size=8, accumulation=1, world_size=1) for step in range(6)]
     alone = [batch["pair_id"] for batch in batches(PairPixels(pairs, 8), lambda: order)]
     assert [batch["pair_id"] for batch in batches(PairPixels(pairs, 8), lambda: order, 2)] == alone
 
@@ -218,9 +219,12 @@ def test_wrong_streams_fail_before_training(
 
 def test_what_needs_all_pairs_is_refused(stream: Stream, make_columns: Any, write_parquet: Any) -> None:
     pairs = stream(write_parquet(make_columns(4)), 4)
-    for name in ("prompts", "pair_ids", "p0", "scores"):
-        with pytest.raises(ValueError, match=f"streaming is true, but {name} of all pairs"):
-            getattr(pairs, name)
+    for index in range(4):
+        row = pairs.row(index)
+        assert (pairs.pair_ids[index], pairs.prompts[index], pairs.p0[index]) == (row.pair_id, row.prompt, row.p0)
+    for needs_all in (lambda: list(pairs.prompts), lambda: pairs.scores, lambda: pairs.select([0])):
+        with pytest.raises(ValueError, match=r"streaming is true, but .* of all pairs"):
+            needs_all()
     with pytest.raises(IndexError, match="pair index is 4"):
         pairs.row(4)
     assert not hasattr(pairs, "__nothing__")
