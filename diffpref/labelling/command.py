@@ -139,7 +139,9 @@ def _make(config: LabelConfig, scorers: Mapping[str, Score], folder: Path, state
 
 def _relabel(config: LabelConfig, scorers: Mapping[str, Score], folder: Path, state: PartialState) -> dict[str, Any] | None:
     source = config.train_data_dir or str(config.dataset_name)
-    pairs = load_pairs(source, split=config.split, tie_policy="keep", check_images=False, cache_dir=config.cache_dir)
+    pairs = load_pairs(
+        source, config.split, data_format=config.data_format, tie_policy="keep", check_images=False, cache_dir=config.cache_dir
+    )
     count = -(-len(pairs) // config.shard_size)
     score_pairs(folder, pairs, config.shard_size, config.batch_size, scorers, state.process_index, state.num_processes)
     state.wait_for_everyone()

@@ -202,7 +202,6 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(self)
-        _check_data(self)
         if self.cache_latents and self.random_crop:
             raise ValueError("cache_latents is true together with random_crop: a cached latent has one crop; switch one of them off")
         if self.bucket_step != TrainConfig.bucket_step and not self.aspect_ratio_buckets:
@@ -230,6 +229,7 @@ class TrainConfig:
                 f"train_data_dir {self.train_data_dir!r} and dataset_name {self.dataset_name!r} are both given; keep the one to train on"
             )
         _check_hub(self)
+        _check_data(self)
 
     @property
     def data_source(self) -> str | None:
@@ -280,7 +280,7 @@ def _check_data(config: TrainConfig) -> None:
         return
     if config.max_train_samples is None:
         raise ValueError("streaming is true without max_train_samples, the number of pairs to take from the stream; give it")
-    for name in ("held_out_pairs", "label_noise_prob", "cache_latents", "aspect_ratio_buckets"):
+    for name in ("held_out_pairs", "label_noise_prob", "cache_latents"):
         if getattr(config, name):
             raise ValueError(
                 f"{name} is {getattr(config, name)} together with streaming: it needs all pairs before training; drop one of them"

@@ -68,6 +68,7 @@ def test_ranked_lists_keep_all_pictures(tmp_path: Path) -> None:
     for row in rows:
         assert len(row["images"]) == 3
         assert [row["bright"][k] for k in np.argsort(row["rank"])] == sorted(row["bright"], reverse=True)
+    assert len(load_pairs(tmp_path, tie_policy="keep", cache_dir=tmp_path / "cache")) == 3 * len(PROMPTS)
 
 
 def test_two_ranks_and_an_interruption_give_the_same_files(tmp_path: Path) -> None:
@@ -141,6 +142,11 @@ def test_existing_pairs_get_scores_beside_their_label(existing: Path, tmp_path: 
     assert rejected[0]["reason"].startswith("jpg_1: not a JPEG")
     report = json.loads((tmp_path / "out" / "label_report.json").read_text())
     assert (report["pairs"], report["rejected"], report["ties"]) == (5, 1, 1)
+
+
+def test_the_form_of_existing_pairs_may_be_named(existing: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="for votes it lacks 'votes_0'"):
+        label(settings(existing, tmp_path, data_format="votes"), {"bright": brightness})
 
 
 def test_scorers_may_decide_and_the_human_label_is_kept(existing: Path, tmp_path: Path) -> None:

@@ -122,9 +122,7 @@ def test_a_hub_data_set_is_asked_for_with_its_configuration(load: Load, monkeypa
         load(dataset_config_name="8k")
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("held_out_pairs", 2), ("label_noise_prob", 0.5), ("cache_latents", True), ("aspect_ratio_buckets", True)]
-)
+@pytest.mark.parametrize(("name", "value"), [("held_out_pairs", 2), ("label_noise_prob", 0.5), ("cache_latents", True)])
 def test_streaming_refuses_what_needs_all_pairs(load: Load, name: str, value: Any) -> None:
     with pytest.raises(ValueError, match=rf"{name} is {value} together with streaming"):
         load(streaming=True, max_train_samples=8, **{name: value})
