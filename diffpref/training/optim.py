@@ -103,8 +103,5 @@ def move_schedule(scheduler: LambdaLR, optimizer: torch.optim.Optimizer, step: i
     """Put the schedule and the optimizer's rates where they stand after `step` optimizer steps."""
     scheduler.last_epoch = step
     for group, base, factor in zip(optimizer.param_groups, scheduler.base_lrs, scheduler.lr_lambdas, strict=True):
-        if isinstance(group["lr"], Tensor):  # torchao's, which it wants to be filled
-            group["lr"].fill_(base * factor(step))
-        else:
-            group["lr"] = base * factor(step)
+        group["lr"] = base * factor(step)  # a tensor where the optimizer wants one, as torchao's do
     scheduler._last_lr = [group["lr"] for group in optimizer.param_groups]

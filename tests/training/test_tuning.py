@@ -38,8 +38,8 @@ OPTIONS: dict[str, Settings] = {
     "adafactor": {"optimizer": "adafactor", "tune": "full", "learning_rate": 1e-3, "adam_weight_decay": 0.1},
     "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
     "schedule_free": {"optimizer": "schedule_free", "lr_scheduler": "constant_with_warmup", "lr_warmup_steps": 3},
-    "adamw_8bit": {"optimizer": "adamw_8bit", "tune": "full", "learning_rate": 1e-3},
-    "adamw_4bit": {"optimizer": "adamw_4bit", "tune": "full", "learning_rate": 1e-3, "lr_scheduler": "cosine"},
+    "adamw_8bit": {"optimizer": "adamw_8bit", "rank": 256},  # tensors of 4096 values, below which nothing is quantised
+    "adamw_4bit": {"optimizer": "adamw_4bit", "rank": 256, "lr_scheduler": "cosine"},
     "restarts": {"lr_scheduler": "cosine_with_restarts", "lr_num_cycles": 2},
 }
 SLOW = {"adamw_4bit"}  # torch.compile, once per shape
@@ -79,7 +79,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(option: Settings, run_training: 
     assert numbers(folder, 4) == counted
     assert read_metrics(folder) == lines
     if option.get("optimizer") in ("adamw_8bit", "adamw_4bit"):
-        assert torch.uint8 in {x.dtype for x in whole.values()}
+        assert sum(x.dtype == torch.uint8 for x in whole.values()) > 2
 
 
 def test_training_the_text_encoders_needs_no_reference(run_training: Go, read_metrics: Metrics, read_state: State) -> None:
@@ -207,12 +207,15 @@ def test_the_loss_scale_finds_its_size_and_is_resumed(
     assert numbers(run.folder, 12) == json.loads((run.folder / "first-12" / "trainer_state.json").read_text())
 
 
-def test_the_base_pictures_have_the_precision_of_the_policys(prepare: Start) -> None:
+def test_all_pictures_are_drawn_in_the_precision_of_training(prepare: Start) -> None:
     for settings in ({}, {"train_text_encoder": True}):
         run = prepare(f"run-{len(settings)}-{list(settings)}", mixed_precision="bf16", **VALIDATED, **settings)
         assert run.validation is not None
+        seen: set[torch.dtype] = set()
+        run.backbone.denoiser.mid_block.resnets[0].conv1.register_forward_hook(lambda layer, args, out, seen=seen: seen.add(out.dtype))
         assert (run.validation.draw() == run.validation.base_pictures).all()  # nothing is trained yet
         assert run.validation.base_pictures.any()
+        assert seen == {torch.bfloat16}
 
 
 @pytest.mark.gpu
