@@ -68,8 +68,14 @@ def with_text_encoders(backbone: Backbone, recompute: bool, **lora: Any) -> tupl
     Its prompts are token ids, which the module encodes itself. recompute: see TextAndUNet. lora: as in `add_text_lora`.
     """
     family = FAMILIES[backbone.family]
+    add_text_lora(family.text_encoders(backbone.pipeline), family.text_depths(backbone.pipeline), **lora)
+    return on_token_ids(backbone, recompute)
+
+
+def on_token_ids(backbone: Backbone, recompute: bool = False) -> tuple[Backbone, TextAndUNet]:
+    """A backbone whose prompts are token ids, and the module that encodes them with the pipeline's own text encoders."""
+    family = FAMILIES[backbone.family]
     encoders = family.text_encoders(backbone.pipeline)
-    add_text_lora(encoders, family.text_depths(backbone.pipeline), **lora)
     named = dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=False))
     module = TextAndUNet(backbone.denoiser, named, family.encode, family.predictor, recompute)
     ids = replace(

@@ -251,6 +251,9 @@ def _possible_here(settings: Settings, added: set[str]) -> list[str]:
     if settings.get("mixed_precision") == "fp16" and not on_gpu:
         settings["mixed_precision"] = "no"
         notes.append("mixed_precision fp16 needs a GPU, and there is none: no is used")
+    if str(settings.get("allow_tf32", False)).lower() == "true" and not on_gpu:
+        settings["allow_tf32"] = False
+        notes.append("allow_tf32 is about GPUs, and there is none: it is left out")
     if settings.get("attention") == "xformers" and not (on_gpu and importlib.util.find_spec("xformers")):
         settings["attention"] = "sdpa"
         notes.append("xformers cannot run here (no GPU, or not installed): torch's own attention is used, which computes the same")

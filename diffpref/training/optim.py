@@ -22,7 +22,7 @@ _PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_4bit": "torchao", "prodigy": "
 
 
 def check_optimizer(config: TrainConfig) -> list[str]:
-    """What the user should know about the choice of optimizer, in lines; costs nothing, so call it before a model is loaded.
+    """What the user should know about the choice of optimizer and averaging, in lines; call it before a model is loaded.
 
     Raises ValueError for a package that is missing, and for settings that would be ignored or work against the optimizer.
     """
@@ -39,9 +39,14 @@ def check_optimizer(config: TrainConfig) -> list[str]:
         unused = [n for n in ("adam_beta1", "adam_beta2", "adam_epsilon") if getattr(config, n) != getattr(TrainConfig, n)]
         if unused:
             raise ValueError(f"{unused[0]} is {getattr(config, unused[0])}, but optimizer adafactor has no such setting; leave it out")
+    lines = []
     if config.optimizer == "prodigy" and config.learning_rate < 0.1:
-        return [f"prodigy finds the rate itself and multiplies it by learning_rate, which is {config.learning_rate:g}; 1.0 is usual"]
-    return []
+        lines.append(f"prodigy finds the rate itself and multiplies it by learning_rate, which is {config.learning_rate:g}; 1.0 is usual")
+    if config.use_ema:
+        lines.append(f"validated and exported is the moving average of the weights (use_ema, ema_decay {config.ema_decay:g})")
+    if config.optimizer == "schedule_free":
+        lines.append("validated and exported is the average of the weights that schedule_free keeps")
+    return lines
 
 
 def new_optimizer(config: TrainConfig, trainable: Iterable[Tensor], rate: float) -> torch.optim.Optimizer:

@@ -133,6 +133,13 @@ def test_prodigy_is_told_apart_from_other_rates(monkeypatch: pytest.MonkeyPatch)
     assert check_optimizer(TrainConfig(optimizer="prodigy", learning_rate=1.0)) == []
 
 
+def test_it_is_said_which_weights_are_kept(prepare: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
+    run = prepare("run", use_ema=True)
+    line = "validated and exported is the moving average of the weights (use_ema, ema_decay 0.999)"
+    assert line in capsys.readouterr().err.splitlines()
+    assert line in json.loads((run.folder / "run_manifest.json").read_text())["notes"]
+
+
 def test_scale_lr_multiplies_by_the_pairs_per_update(
     prepare: Callable[..., Run], run_training: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
