@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -23,6 +23,7 @@ class DdpmProcess:
 
     alphas_cumprod: Tensor  # (T,) float64, the squared alpha
     prediction_type: PredictionType = "epsilon"
+    trained_at: tuple[int, ...] | None = None  # the timesteps that the model is trained at; all when None
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], prediction_type: str = "epsilon") -> DdpmProcess:
@@ -36,6 +37,28 @@ class DdpmProcess:
     def num_timesteps(self) -> int:
         """T."""
         return len(self.alphas_cumprod)
+
+    @property
+    def timesteps(self) -> Tensor:
+        """The timesteps that the model is trained at, rising, int64 (L,) with L <= T; draw from these."""
+        return torch.arange(self.num_timesteps) if self.trained_at is None else torch.tensor(self.trained_at)
+
+    def check_passage(self, path: str, last: int) -> None:
+        """Raises ValueError unless the model is trained at every timestep up to `last`, which the path named passes through."""
+        if self.trained_at is not None and not set(range(last + 1)) <= set(self.trained_at):
+            own = f"{self.trained_at[0]} to {self.trained_at[-1]}" if len(self.trained_at) > 9 else ", ".join(map(str, self.trained_at))
+            raise ValueError(f"path {path} passes through timesteps 0 to {last}, but this model is trained at {own} only; use path forward")
+
+    @property
+    def has_zero_terminal_snr(self) -> bool:
+        """Whether the last timestep is pure noise."""
+        return bool(self.alphas_cumprod[-1] == 0)
+
+    def with_zero_terminal_snr(self) -> DdpmProcess:
+        """The process with alpha shifted and scaled so that it ends at 0 and begins where it did (arXiv:2305.08891, Alg. 1)."""
+        alpha = self.alphas_cumprod.sqrt()
+        alpha = (alpha - alpha[-1]) * alpha[0] / (alpha[0] - alpha[-1])
+        return replace(self, alphas_cumprod=alpha**2)
 
     def alpha(self, t: Tensor) -> Tensor:
         """Signal coefficient at int64 timesteps, float64, same shape and device as t."""

@@ -38,9 +38,10 @@ class ForwardNoising:
         reference: Predict | None = None,
         null: Conditioning | None = None,
     ) -> tuple[PathStep, ...]:
-        """Noise the latents (G, K, C, h, w) at t ~ U{0..T-1}; a single PathStep of weight 1. Asks no network."""
+        """Noise the latents (G, K, C, h, w) at t uniform over process.timesteps; a single PathStep of weight 1. Asks no network."""
         x_0 = batch.latents
-        t = draws.integers("timestep", process.num_timesteps).to(x_0.device)[:, None].expand(batch.group_shape)
+        levels = process.timesteps
+        t = levels[draws.integers("timestep", len(levels))].to(x_0.device)[:, None].expand(batch.group_shape)
         noise = self._noise(x_0, draws)
         seen = noise
         if self.input_perturbation:

@@ -74,12 +74,13 @@ class DdimInversion:
         reference: Predict | None = None,
         null: Conditioning | None = None,
     ) -> tuple[PathStep, ...]:
-        """Invert the latents (G, K, C, h, w) to t ~ U{0..T-1}; a single PathStep of weight 1.
+        """Invert the latents (G, K, C, h, w) to t uniform over process.timesteps; a single PathStep of weight 1.
 
         Raises ValueError when the inverter, or the null conditioning of a guided inversion, is missing.
         """
         predict = guided(inverter(self.inverter, policy, reference), null, self.guidance_scale)
-        levels = draws.integers("timestep", process.num_timesteps)
+        process.check_passage("inversion", int(process.timesteps[-1]))
+        levels = process.timesteps[draws.integers("timestep", len(process.timesteps))]
         x_0 = batch.latents.to(torch.promote_types(batch.latents.dtype, torch.float32))
         x_t = self.invert(predict, process, x_0, levels.tolist(), batch.cond, draws)
         t = levels.to(x_0.device)[:, None].expand(batch.group_shape)

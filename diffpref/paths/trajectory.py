@@ -68,6 +68,7 @@ class InversionTrajectory:
         stride = process.num_timesteps // self.num_steps
         if stride < 1:
             raise ValueError(f"num_steps is {self.num_steps}, but the schedule has {process.num_timesteps} timesteps; use at most as many")
+        process.check_passage("trajectory", stride * (self.num_steps - 1))
         chosen, last = None, self.num_steps - 1
         if self.sampled_steps is not None:
             chosen = draws.subset("trajectory_nodes", self.num_steps, self.sampled_steps)

@@ -45,9 +45,10 @@ class ImplicitReward:
     def _step(self, batch: PreferenceBatch, draw: int) -> PathStep:
         x_0 = batch.latents
         draws = PairRandom(self.seed, batch.pair_ids, (0,) * len(batch.pair_ids), draw)
-        low, high = (draw + i for i in (0, 1))
-        low, high = (round(edge * self.process.num_timesteps / self.num_draws) for edge in (low, high))
-        t = (low + draws.integers("score_timestep", high - low)).to(x_0.device)[:, None].expand(batch.group_shape)
+        levels = self.process.timesteps
+        low, high = (round(edge * len(levels) / self.num_draws) for edge in (draw, draw + 1))
+        low = min(low, len(levels) - 1)  # with fewer levels than draws, neighbouring draws share a level
+        t = levels[low + draws.integers("score_timestep", max(high - low, 1))].to(x_0.device)[:, None].expand(batch.group_shape)
         noise = draws.normal("score_noise", x_0.shape[2:]).to(x_0)[:, None].expand_as(x_0)
         weight = torch.ones(batch.group_shape, device=x_0.device)
         return PathStep(self.process.add_noise(x_0, noise, t), t, self.process.target(x_0, noise, t), weight)

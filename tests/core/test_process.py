@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -171,3 +173,36 @@ def test_implied_is_the_inverse_of_epsilon_and_noise_slope_its_derivative(kind: 
 def test_log_snr() -> None:
     a = process().alphas_cumprod[LEVELS]
     torch.testing.assert_close(process().log_snr(LEVELS), (a / (1 - a)).log(), rtol=1e-12, atol=1e-12)
+
+
+def test_rescaling_to_zero_terminal_snr_is_the_formula() -> None:
+    """SDXL Turbo's schedule, computed in float64."""
+    made = process().with_zero_terminal_snr()
+    for t, expected in {249: 0.654189007, 499: 0.242359167, 749: 0.033171483}.items():
+        assert float(made.alphas_cumprod[t]) == pytest.approx(expected, abs=5e-10)
+    assert float(made.alphas_cumprod[999]) == 0
+    assert float(made.alphas_cumprod[0]) == pytest.approx(TABLE[0], abs=1e-12)
+    assert made.has_zero_terminal_snr
+    assert not process().has_zero_terminal_snr
+    assert (made.alphas_cumprod.diff() < 0).all()
+    scheduler = DDPMScheduler(beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=True)
+    torch.testing.assert_close(made.alphas_cumprod.float(), scheduler.alphas_cumprod, rtol=1e-3, atol=1e-6)
+
+
+def test_a_model_is_trained_at_all_timesteps_unless_it_says_otherwise() -> None:
+    assert process().timesteps.tolist() == list(range(1000))
+    some = dataclasses.replace(process(), trained_at=(3, 7))
+    assert some.timesteps.tolist() == [3, 7]
+    assert some.timesteps.dtype == torch.int64
+    assert some.num_timesteps == 1000
+    assert some.with_zero_terminal_snr().timesteps.tolist() == [3, 7]
+
+
+def test_paths_may_pass_only_where_the_model_is_trained() -> None:
+    turbo, refiner = (dataclasses.replace(process(), trained_at=levels) for levels in ((249, 499, 749), tuple(range(200))))
+    process().check_passage("trajectory", 999)
+    refiner.check_passage("inversion", 199)
+    with pytest.raises(ValueError, match=r"path inversion passes through timesteps 0 to 749, but .* trained at 249, 499, 749 only"):
+        turbo.check_passage("inversion", 749)
+    with pytest.raises(ValueError, match=r"trained at 0 to 199 only; use path forward"):
+        refiner.check_passage("trajectory", 900)

@@ -258,6 +258,15 @@ def test_weight_level_and_snr(pairs: Pairs, process: DdpmProcess, policy: Predic
     assert torch.equal(step.timesteps[:, 0], batch.random(0).integers("timestep", 1000))  # as on the path of forward noising
 
 
+def test_levels_are_those_that_the_model_is_trained_at(pairs: Pairs, process: DdpmProcess, policy: Predict) -> None:
+    refiner, turbo = replace(process, trained_at=tuple(range(200))), replace(process, trained_at=(249, 499, 749))
+    batch = pairs(6)
+    step = only(DdimInversion(), batch, refiner, batch.random(0), policy)
+    assert torch.equal(step.timesteps[:, 0], batch.random(0).integers("timestep", 200))
+    with pytest.raises(ValueError, match="path inversion passes through timesteps 0 to 749"):
+        only(DdimInversion(), batch, turbo, batch.random(0), policy)
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -314,3 +314,9 @@ def test_the_released_form_says_what_is_wrong_with_it() -> None:
         InversionTrajectory(eval_point="source")
     with pytest.warns(UserWarning, match="the opposite of the paper's figure"):
         InversionDPO(sign="official")
+
+
+def test_a_model_of_few_levels_has_no_trajectory(pair: Pair, process: DdpmProcess, reference: Predict) -> None:
+    refiner = replace(process, trained_at=tuple(range(200)))
+    with pytest.raises(ValueError, match="path trajectory passes through timesteps 0 to 750"):
+        walk(InversionTrajectory(num_steps=4), pair(0.0), refiner, reference)
