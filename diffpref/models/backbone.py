@@ -1,10 +1,10 @@
-"""What a run needs of a model, whatever its family, and loading from diffusers folders and hub ids."""
+"""What a run needs of a model, whatever its family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -13,18 +13,26 @@ from torch import Tensor, nn
 
 from diffpref.core.process import DdpmProcess
 from diffpref.core.types import Conditioning, Predict
-from diffpref.models import sd, sdxl
+from diffpref.models import sd, sdxl, sdxl_refiner
+from diffpref.models.family import SETTING, family_of_config, model_family
 from diffpref.models.joint import TextAndUNet
 from diffpref.models.lora import add_text_lora
+from diffpref.models.pipeline import load_pipeline
 
-FAMILIES = {"sd": sd, "sdxl": sdxl}
+__all__ = [
+    *("FAMILIES", "Backbone", "as_backbone", "check_finite", "load_backbone", "load_pipeline", "model_family"),
+    *("on_token_ids", "vae_factor", "with_text_encoders"),
+]
+
+FAMILIES: Mapping[str, ModuleType] = {"sd": sd, "sdxl": sdxl, "sdxl_refiner": sdxl_refiner}
+"""The files of this folder that know a family."""
 
 
 @dataclass(frozen=True)
 class Backbone:
     """A loaded model as functions. `pipeline` stays complete, for sampling and export."""
 
-    family: str  # "sd" or "sdxl"
+    family: str  # a key of FAMILIES
     pipeline: DiffusionPipeline
     process: DdpmProcess
     predictor: Callable[[nn.Module], Predict]  # give it the wrapped denoiser, always
@@ -49,7 +57,7 @@ class Backbone:
     @property
     def uses_time_ids(self) -> bool:
         """Whether the UNet is conditioned on image sizes and crops."""
-        return self.family == "sdxl"
+        return self.denoiser.config.addition_embed_type == "text_time"
 
     def encode_moments(self, pixels: Tensor) -> Tensor:
         """Pixels (N, 3, H, W) in [-1, 1] to mean and standard deviation of the latent (N, 2, C, h, w), in float32.
@@ -92,62 +100,36 @@ def vae_factor(pipeline: DiffusionPipeline) -> int:
     return 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
 
 
-def load_pipeline(source: str, revision: str | None = None, variant: str | None = None) -> DiffusionPipeline:
-    """Load a diffusers folder or hub id in float32, from safetensors only.
-
-    Raises ValueError when the source cannot be read as a diffusers pipeline.
-    """
-    try:
-        config: dict[str, Any] = DiffusionPipeline.load_config(source, revision=revision)
-        extra = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in config else {}
-        pipeline = DiffusionPipeline.from_pretrained(source, revision=revision, variant=variant, use_safetensors=True, **extra)
-    except (OSError, ValueError, KeyError) as error:
-        place = "folder" if Path(source).exists() else "local folder or hub id"
-        reason = " ".join(str(error).split())  # diffusers' own messages run over several lines
-        raise ValueError(
-            f"pretrained_model_name_or_path {source!r} could not be loaded as a diffusers pipeline ({reason}). "
-            f"Give a {place} that holds model_index.json and .safetensors weights, as written by save_pretrained"
-        ) from error
-    pipeline.set_progress_bar_config(disable=True)
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.float()
-    return pipeline
-
-
-def model_family(source: str, revision: str | None = None) -> str:
-    """ "sd" or "sdxl", from the UNet's config alone. Raises ValueError when it cannot be read."""
-    try:
-        config = UNet2DConditionModel.load_config(source, subfolder="unet", revision=revision)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"pretrained_model_name_or_path {source!r} has no readable UNet config ({error})") from error
-    return "sdxl" if config.get("addition_embed_type") == "text_time" else "sd"
-
-
 def load_backbone(source: str, revision: str | None = None, variant: str | None = None) -> Backbone:
-    """Load a pipeline and detect its family from the UNet's config.
+    """Load a model as it is. Raises ValueError for what is no model of a supported family."""
+    return as_backbone(load_pipeline(source, revision, variant), source)
 
-    Raises ValueError for a model that is neither of the SD nor of the SDXL family.
+
+def as_backbone(pipeline: DiffusionPipeline, source: str, is_turbo: bool = False) -> Backbone:
+    """A loaded pipeline, frozen and in evaluation mode, with the functions of its family; `source` names it in errors.
+
+    is_turbo: the noise levels of SDXL Turbo, on a schedule that ends in pure noise. The pipeline's scheduler stays: Turbo is sampled
+    on the schedule that its scheduler describes. Raises ValueError for another family than SDXL there, and for a network that
+    predicts noise on a schedule that ends in pure noise, from which no picture follows.
     """
-    pipeline = load_pipeline(source, revision, variant)
-    unet = getattr(pipeline, "unet", None)
-    if unet is None:
-        raise ValueError(
-            f"pretrained_model_name_or_path {source!r} is a {type(pipeline).__name__} without a UNet; SD and SDXL are supported"
-        )
-    kind = unet.config.addition_embed_type
-    if kind not in (None, "text_time"):
-        raise ValueError(
-            f"pretrained_model_name_or_path {source!r}: UNet with addition_embed_type {kind!r}; "
-            "SD (none) and SDXL (text_time) are supported"
-        )
-    name = "sdxl" if kind == "text_time" else "sd"
+    pooled = getattr(pipeline, "text_encoder_2", None)
+    name = family_of_config(pipeline.unet.config, pooled.config.projection_dim if pooled is not None else 0, source)
     family = FAMILIES[name]
-    for part in (pipeline.vae, unet, *family.text_encoders(pipeline)):
+    for part in (pipeline.vae, pipeline.unet, *family.text_encoders(pipeline)):
         part.requires_grad_(False)
         part.eval()
     scheduler = pipeline.scheduler
-    process = DdpmProcess.from_betas(scheduler.betas, scheduler.config.prediction_type)
+    process = replace(DdpmProcess.from_betas(scheduler.betas, scheduler.config.prediction_type), trained_at=family.TIMESTEPS)
+    if is_turbo:
+        if name != "sdxl":
+            raise ValueError(f"is_turbo is true, but {SETTING} {source!r} is of the {name} family; Turbo is an SDXL model")
+        process = replace(process.with_zero_terminal_snr(), trained_at=sdxl.TURBO_TIMESTEPS)
+    elif process.has_zero_terminal_snr and process.prediction_type == "epsilon":
+        raise ValueError(
+            f"rescale_betas_zero_snr is true for {SETTING} {source!r}, whose UNet predicts noise: at the last timestep the input is "
+            "pure noise and says nothing about the picture. Use prediction_type v_prediction if the UNet was trained so, is_turbo for "
+            "SDXL Turbo, or rescale_betas_zero_snr false"
+        )
     return Backbone(
         family=name,
         pipeline=pipeline,
@@ -156,3 +138,32 @@ def load_backbone(source: str, revision: str | None = None, variant: str | None 
         encode_prompts=lambda prompts: family.encode_prompts(pipeline, prompts),
         null_prompt=lambda: family.null_prompt(pipeline),
     )
+
+
+@torch.no_grad()
+def check_finite(backbone: Backbone, source: str) -> None:
+    """Encode one picture and one prompt and look at the UNet's weights, before anything is trained.
+
+    Raises ValueError naming the part whose numbers are not finite: weights that overflowed when they were cast to fp16, or a damaged
+    file.
+    """
+    side = backbone.pixel_factor * 2
+    ramp = torch.linspace(-1, 1, side).expand(1, 3, side, side)
+    cond = backbone.encode_prompts(["a photograph of a cat"])
+    texts = [x for x in (cond.prompt_embeds, cond.pooled_prompt_embeds) if x is not None]
+    found = {
+        "autoencoder": bool(torch.isfinite(backbone.encode_moments(ramp)).all()),
+        "text encoder": all(bool(torch.isfinite(x).all()) for x in texts),
+        "UNet": all(bool(torch.isfinite(p.sum())) for p in backbone.denoiser.parameters()),
+    }
+    remedies = {
+        "autoencoder": "an autoencoder that fits into fp16 (for SDXL pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix)",
+        "text encoder": "weights in float32 or bf16 (another variant)",
+        "UNet": "weights in float32 or bf16 (another variant, or another unet_init)",
+    }
+    for part, is_finite in found.items():
+        if not is_finite:
+            raise ValueError(
+                f"the {part} of {SETTING} {source!r} gives values that are not finite: its weights are damaged or overflowed in fp16; "
+                f"use {remedies[part]}"
+            )

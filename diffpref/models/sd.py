@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from diffpref.core.types import Conditioning, Predict
 
+TIMESTEPS: tuple[int, ...] | None = None
+"""What the family was trained at: every timestep."""
+
 
 def text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
     """The text encoders of the pipeline, modules of transformers."""

@@ -11,6 +11,12 @@ from torch import Tensor, nn
 
 from diffpref.core.types import Conditioning, Predict
 
+TIMESTEPS: tuple[int, ...] | None = None
+"""What the family was trained at: every timestep."""
+TURBO_TIMESTEPS = (249, 499, 749)
+"""SDXL Turbo's noise levels without its last one, 999, which is pure noise: both pictures of a pair are the same input there and
+a network that predicts noise has nothing to learn from them."""
+
 
 def text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
     """The text encoders of the pipeline, modules of transformers."""

@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 UNET, VAE = "model.diffusion_model.", "first_stage_model."
@@ -65,6 +65,28 @@ def _original(name: str, rules: Sequence[Rule]) -> str | None:
     """A name with its beginning replaced by the first rule that matches it; None if there is none."""
     matches = ((re.match(pattern, name), place) for pattern, place in rules)
     return next((place(match) + name[match.end() :] for match, place in matches if match), None)
+
+
+def original_names(module: UNet2DConditionModel | AutoencoderKL) -> dict[str, str]:
+    """The names in a single file of a UNet's or autoencoder's weights, by their own; for reading one without the rest of the file.
+
+    Raises ValueError for a weight that the layout has no place for.
+    """
+    is_unet = isinstance(module, UNet2DConditionModel)
+    rules = _unet_rules(module) if is_unet else _vae_rules(len(module.config.block_out_channels))
+    prefix, part = (UNET, "unet") if is_unet else (VAE, "vae")
+    names = {name: _original(name, rules) for name in module.state_dict()}
+    stray = [name for name, original in names.items() if original is None]
+    if stray:
+        raise ValueError(f"{part} weight {stray[0]!r} has no name in a single-file checkpoint; use diffusers' layout")
+    return {name: f"{prefix}{original}" for name, original in names.items()}
+
+
+def single_file_shapes(module: UNet2DConditionModel | AutoencoderKL) -> dict[str, tuple[int, ...]]:
+    """Names and shapes that a UNet's or autoencoder's weights have in a single file. Raises ValueError as `original_names` does."""
+    weights, names = module.state_dict(), original_names(module)
+    square = {name for name, x in weights.items() if ".attn_1." in names[name] and x.ndim == 2}
+    return {names[name]: (*x.shape, 1, 1) if name in square else tuple(x.shape) for name, x in weights.items()}
 
 
 def original_unet_layers(unet: UNet2DConditionModel) -> Callable[[str], str]:

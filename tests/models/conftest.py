@@ -17,7 +17,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from safetensors.torch import save_file
+from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from diffpref.models.single_file import to_original_layout
 
 FIRST, SECOND, POOLED, TIMES = 16, 24, 20, 4  # widths: CLIP, OpenCLIP, its projection, an embedded number of time_ids
 DOWN, CROSS = ("DownBlock2D", "UpBlock2D"), ("CrossAttnDownBlock2D", "CrossAttnUpBlock2D")
@@ -51,12 +55,12 @@ def text_time(pooled: int, numbers: int) -> dict[str, Any]:
 
 
 def new_vae(scaling_factor: float = 0.18215, channels: int = 4) -> AutoencoderKL:
-    """Three levels with two residual blocks each, of different widths."""
+    """Three levels of different widths."""
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
         block_out_channels=(4, 8, 12),
-        layers_per_block=2,
+        layers_per_block=1,
         norm_num_groups=4,
         latent_channels=channels,
         sample_size=32,
@@ -108,9 +112,9 @@ def new_pipeline(tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> Make:
     def make(kind: str, **scheduler: Any) -> DiffusionPipeline:
         torch.manual_seed(3)
         if kind == "sd1":
-            return sd(FIRST, "quick_gelu", 2, new_unet([CROSS, CROSS, DOWN], FIRST, 2), scheduler)
+            return sd(FIRST, "quick_gelu", 2, new_unet([CROSS, DOWN], FIRST, 2), scheduler)
         if kind == "sd2":
-            return sd(SECOND, "gelu", 3, new_unet([CROSS, CROSS, DOWN], SECOND, 2, use_linear_projection=True), scheduler)
+            return sd(SECOND, "gelu", 3, new_unet([CROSS, DOWN], SECOND, 1, use_linear_projection=True), scheduler)
         open_clip = new_encoder(CLIPTextModelWithProjection, second, SECOND, 3, "gelu")
         if kind == "refiner":
             return StableDiffusionXLImg2ImgPipeline(
@@ -119,12 +123,12 @@ def new_pipeline(tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]) -> Make:
                 text_encoder_2=open_clip,
                 tokenizer=None,
                 tokenizer_2=second,
-                unet=new_unet([DOWN, CROSS, CROSS, DOWN], SECOND, 2, transformer_layers_per_block=2, **text_time(POOLED, 5)),
+                unet=new_unet([DOWN, CROSS, CROSS, DOWN], SECOND, 1, **text_time(POOLED, 5)),
                 scheduler=new_scheduler(**scheduler),
                 requires_aesthetics_score=True,
                 force_zeros_for_empty_prompt=False,
             )
-        unet = new_unet([DOWN, CROSS, CROSS], FIRST + SECOND, 2, transformer_layers_per_block=[1, 2, 3], **text_time(POOLED, 6))
+        unet = new_unet([DOWN, CROSS, CROSS], FIRST + SECOND, 1, transformer_layers_per_block=[1, 1, 2], **text_time(POOLED, 6))
         return StableDiffusionXLPipeline(
             vae=new_vae(0.13025),
             text_encoder=new_encoder(CLIPTextModel, first, FIRST, 2, "quick_gelu"),
@@ -150,3 +154,16 @@ def folder_of(new_pipeline: Make, tmp_path_factory: pytest.TempPathFactory) -> C
         return made[kind]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def single_file(new_pipeline: Make, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """single_file(kind, edit, **scheduler options) -> a checkpoint in the original layout, under a name that says nothing."""
+
+    def write(kind: str, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None, **scheduler: Any) -> Path:
+        state = to_original_layout(new_pipeline(kind, **scheduler))
+        path = tmp_path_factory.mktemp("files") / "model.safetensors"
+        save_file(edit(state) if edit else state, path)
+        return path
+
+    return write

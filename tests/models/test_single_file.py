@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -83,6 +84,13 @@ REAL: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
     ),
 }
 """Options of the published models, and how many tensors their UNets have."""
+SAMPLERS = {
+    "xl_base": ("2.2", "5.2"),
+    "xl_refiner": ("2.1", "5.2", "8.2"),
+    "v1": ("2.1", "5.2", "8.2"),
+    "v2": ("2.1", "5.2", "8.2"),
+}
+"""Where the up-samplers are: behind the attention, if there is one."""
 
 
 @pytest.mark.parametrize("kind", REAL)
@@ -106,6 +114,8 @@ def test_names_of_full_size_models_are_the_published_ones(kind: str, new_pipelin
     assert infer_diffusers_model_type(state) == kind
     assert sum(name.startswith("model.diffusion_model.") for name in state) == count
     assert sum(name.startswith("first_stage_model.") for name in state) == 248
+    samplers = {n.removeprefix("model.diffusion_model.") for n in state if re.search(r"output_blocks\.\d+\.\d\.conv\.weight$", n)}
+    assert samplers == {f"output_blocks.{place}.conv.weight" for place in SAMPLERS[kind]}
     if kind == "xl_base":  # the published file has two more: CLIP's position_ids and OpenCLIP's logit_scale
         assert len(state) == 2513
         assert state["conditioner.embedders.1.model.text_projection"].shape == (1280, 1280)
