@@ -20,8 +20,16 @@ from diffpref.models.lora import add_text_lora
 from diffpref.models.pipeline import load_pipeline
 
 __all__ = [
-    *("FAMILIES", "Backbone", "as_backbone", "check_finite", "load_backbone", "load_pipeline", "model_family"),
-    *("on_token_ids", "vae_factor", "with_text_encoders"),
+    "FAMILIES",
+    "Backbone",
+    "as_backbone",
+    "check_finite",
+    "load_backbone",
+    "load_pipeline",
+    "model_family",
+    "on_token_ids",
+    "vae_factor",
+    "with_text_encoders",
 ]
 
 FAMILIES: Mapping[str, ModuleType] = {"sd": sd, "sdxl": sdxl, "sdxl_refiner": sdxl_refiner}

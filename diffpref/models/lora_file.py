@@ -18,18 +18,15 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffpref.models.files import read_metadata, read_shapes
-from diffpref.models.lora import LORA_FILE
+from diffpref.models.lora import LORA_FILE, PARTS, merge_adapter
 from diffpref.models.single_file import original_unet_layers
 
-PARTS = ("unet", "text_encoder", "text_encoder_2")
-"""Components of a pipeline that can carry an adapter."""
 KOHYA_PARTS = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
 KOHYA_TENSORS = {"lora_down.weight": "lora_A.weight", "lora_up.weight": "lora_B.weight", "alpha": "alpha"}
 SCALES = ("lora_alpha", "alpha_pattern", "use_dora", "use_rslora", "lora_bias")
@@ -86,14 +83,10 @@ def merge_lora(pipeline: DiffusionPipeline, source: str, setting: str, scale: fl
     _attach(pipeline, lora, "merged")
     for name in lora.tensors:
         part = getattr(pipeline, name)
-        with torch.no_grad():
-            for layer in part.modules():
-                if isinstance(layer, BaseTunerLayer):
-                    layer.scale_layer(scale)
-                    layer.merge()
-        recurse_remove_peft_layers(part)
-        del part.peft_config
-        part._hf_peft_config_loaded = False  # else save_pretrained would write an adapter
+        for layer in part.modules():
+            if isinstance(layer, BaseTunerLayer):
+                layer.scale_layer(scale)
+        merge_adapter(part)
         part.requires_grad_(False)
 
 

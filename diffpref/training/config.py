@@ -33,11 +33,11 @@ class TrainConfig:
     start_lora_as: Literal["base", "adapter"] = "base"
     """base: the LoRA is merged, policy and reference start with it; adapter: it is trained further, the reference is without it."""
     prediction_type: Literal["epsilon", "v_prediction"] | None = None
-    """What the UNet predicts, if the checkpoint's scheduler does not say it rightly; checked against it otherwise."""
+    """What the UNet predicts; the checkpoint's scheduler decides when not given. The exported scheduler says it, too."""
     rescale_betas_zero_snr: bool | None = None
-    """Whether the noise schedule ends in pure noise; the checkpoint's scheduler decides when not given."""
+    """Whether the noise schedule ends in pure noise; the checkpoint's scheduler decides when not given. Needs v_prediction."""
     is_turbo: bool = False
-    """Train at SDXL Turbo's four noise levels only (timesteps 249, 499, 749, 999, schedule rescaled to zero terminal SNR)."""
+    """Train at SDXL Turbo's noise levels only: timesteps 249, 499 and 749, on a schedule that ends in pure noise (docs/models.md)."""
     tune: Literal["lora", "full"] = "lora"
     """Train a LoRA adapter (the reference is the model without it) or all UNet weights (the reference is a frozen copy)."""
     rank: int = 16
@@ -222,6 +222,7 @@ class TrainConfig:
                 f"validation_steps is {self.validation_steps}, but there is nothing to validate with: "
                 "add held_out_pairs or validation_prompts"
             )
+        _check_start(self)
         if self.max_grad_norm == 0:
             raise ValueError("max_grad_norm is 0, which would remove every gradient; use a positive norm, for example 1.0")
         if self.train_data_dir and self.dataset_name:
@@ -285,6 +286,18 @@ def _check_data(config: TrainConfig) -> None:
             raise ValueError(
                 f"{name} is {getattr(config, name)} together with streaming: it needs all pairs before training; drop one of them"
             )
+
+
+def _check_start(config: TrainConfig) -> None:
+    if config.start_lora_as == "adapter" and config.start_lora is None:
+        raise ValueError("start_lora_as is adapter, but no start_lora is given; add the LoRA to go on from")
+    if config.start_lora_as == "adapter" and config.tune == "full":
+        raise ValueError("start_lora_as is adapter, but tune is full, which has no adapter; use start_lora_as base, or tune lora")
+    if config.is_turbo and config.rescale_betas_zero_snr is not None:
+        raise ValueError(
+            f"rescale_betas_zero_snr is {config.rescale_betas_zero_snr}, but is_turbo brings the schedule that it is trained on, and the "
+            "scheduler that it is sampled with stays; leave rescale_betas_zero_snr out"
+        )
 
 
 def _check_ranges(config: TrainConfig) -> None:

@@ -110,8 +110,10 @@ def count_skipped(run: Run, step: int, values: dict[str, float], pair_ids: list[
 
 def check_untouched(run: Run, out: LossOutput) -> None:
     """At step 0 the policy is the reference: equal errors, margin 0, and a loss of log 2 for a pair."""
-    if run.first_step or "error/reference_chosen" not in out.metrics:
-        run.say("check that the untouched policy equals the reference: skipped, " + ("resumed run" if run.first_step else "no reference"))
+    warm = run.config.start_lora_as == "adapter"
+    if run.first_step or warm or "error/reference_chosen" not in out.metrics:
+        why = "resumed run" if run.first_step else "started from an adapter" if warm else "no reference"
+        run.say("check that the untouched policy equals the reference: skipped, " + why)
         return
     for image in ("chosen", "rejected"):
         policy, reference = (float(out.metrics[f"error/{who}_{image}"]) for who in ("policy", "reference"))

@@ -8,17 +8,19 @@ import torch
 from torch import nn
 
 from diffpref.models.attention import use_xformers
-from diffpref.models.backbone import Backbone, load_backbone, with_text_encoders
+from diffpref.models.backbone import Backbone, check_finite, with_text_encoders
 from diffpref.models.lora import add_lora
 from diffpref.training.config import TrainConfig
 from diffpref.training.objective import Objective
+from diffpref.training.start import load_base, start_adapter
 
 
 def load_models(config: TrainConfig, objective: Objective, device: torch.device) -> tuple[Backbone, nn.Module, nn.Module | None]:
     """The model on its device, its trained module, and the frozen copy that full training compares with, if the method needs one."""
-    backbone = load_backbone(str(config.pretrained_model_name_or_path), config.revision, config.variant)
+    backbone = load_base(config)
     check_resolution(config, backbone)
     backbone.pipeline.to(device)
+    check_finite(backbone, str(config.pretrained_model_name_or_path))
     if config.attention == "xformers":
         use_xformers(backbone.denoiser)
     backbone, module = make_trainable(config, backbone)
@@ -36,6 +38,8 @@ def make_trainable(config: TrainConfig, backbone: Backbone) -> tuple[Backbone, n
     """
     if config.tune == "full":
         return backbone, backbone.denoiser.requires_grad_(True)
+    if config.start_lora and config.start_lora_as == "adapter":
+        return start_adapter(config, backbone)
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     denoiser, seed, rslora = backbone.denoiser, config.seed, config.use_rslora
     add_lora(denoiser, config.rank, alpha, config.lora_targets, seed, use_dora=config.use_dora, use_rslora=rslora)

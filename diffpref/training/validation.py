@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +18,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
 
+from diffpref.core.policy import adapters_off
 from diffpref.core.process import DdpmProcess
 from diffpref.core.types import Predict, PreferenceBatch
 from diffpref.data.loader import PairPixels
 from diffpref.data.pairs import PairDataset
 from diffpref.evaluation.generate import Images, contact_sheet, generate
+from diffpref.models.lora import adapted_parts
+from diffpref.models.pipeline import needs_picture
 from diffpref.scorers.implicit import ImplicitReward, pair_accuracy
 from diffpref.sources.dataset import Encoder, from_disk
 from diffpref.training.config import TrainConfig
@@ -56,11 +60,22 @@ class Validation:
         held_out: PairDataset | None,
         scorer: tuple[str, Scorer] | None,
     ) -> Validation:
-        """Draw and score the base pictures; call it while the UNet still is the base model and computes as it will in training."""
+        """Draw and score the base pictures; call it while the UNet still is the base model and computes as it will in training.
+
+        An adapter that the run starts from is switched off meanwhile. A refiner draws none: it needs a picture to start with.
+        """
+        if needs_picture(pipeline) and (config.validation_prompts or scorer):
+            raise ValueError(
+                f"validation_prompts or validation_scorer are given, but {config.pretrained_model_name_or_path!r} improves pictures and "
+                "draws none from prompts; leave them out and use held_out_pairs"
+            )
         prompts = list(config.validation_prompts) or (list(dict.fromkeys(held_out.prompts)) if held_out else [])
-        prompts = prompts[: config.num_validation_images]
+        prompts = [] if needs_picture(pipeline) else prompts[: config.num_validation_images]
         made = cls(folder / "validation", pipeline, prompts, np.zeros((0, 1, 1, 3), np.uint8), scorer)
-        made.base_pictures = made.draw()
+        with ExitStack() as off:
+            for part in adapted_parts(pipeline).values():
+                off.enter_context(adapters_off(part))
+            made.base_pictures = made.draw()
         made.base_score = made._score(made.base_pictures)
         return made
 
