@@ -18,8 +18,8 @@ from PIL import Image
 
 from diffpref.evaluation.generate import as_rows, contact_sheet, generate
 from diffpref.locations import asset
-from diffpref.models.backbone import load_pipeline
-from diffpref.models.lora import LORA_FILE
+from diffpref.models.lora_file import merge_lora
+from diffpref.models.pipeline import load_pipeline, needs_picture
 
 SAMPLERS: Mapping[str, tuple[str, dict[str, object]]] = {
     "ddim": ("DDIMScheduler", {}),
@@ -40,13 +40,23 @@ class SampleConfig:
     """Settings of `diffpref generate`."""
 
     pretrained_model_name_or_path: str | None = None
-    """Folder or hub id of a pipeline, base or aligned; the embedded testbed model when not given."""
+    """Folder, hub id or single .safetensors file of a model, base or aligned; the embedded testbed model when not given."""
     revision: str | None = None
     """Git revision of a hub model."""
     variant: str | None = None
     """Weight variant of the model files, such as fp16."""
+    single_file_config: str | None = None
+    """Folder or hub id with the configs and tokenizers of a single-file checkpoint; the family's public one when not given."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another autoencoder: a folder, hub id or .safetensors file."""
+    unet_init: str | None = None
+    """Other UNet weights: a UNet or pipeline folder, .safetensors, or a state dict such as unet.pth."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the UNet predicts; the checkpoint's scheduler decides when not given."""
+    rescale_betas_zero_snr: bool | None = None
+    """Whether the noise schedule ends in pure noise; the checkpoint's scheduler decides when not given."""
     lora: str | None = None
-    """Folder with pytorch_lora_weights.safetensors, such as the output_dir of a LoRA run."""
+    """LoRA in diffusers' or kohya's form: a .safetensors file, or a folder such as the output_dir of a LoRA run."""
     lora_scale: float = 1.0
     """Strength of the adapter; 0 is the base model."""
     prompts: tuple[str, ...] = ()
@@ -135,17 +145,25 @@ def read_prompts(config: SampleConfig) -> list[str]:
 def load(config: SampleConfig) -> DiffusionPipeline:
     """The pipeline with adapter and sampler. Raises ValueError for what cannot be loaded."""
     source = config.pretrained_model_name_or_path or str(asset("testbed", "pipeline"))
-    pipeline = load_pipeline(source, config.revision, config.variant)
+    pipeline = load_pipeline(
+        source,
+        config.revision,
+        config.variant,
+        single_file_config=config.single_file_config,
+        vae=config.pretrained_vae_model_name_or_path,
+        unet_init=config.unet_init,
+        prediction_type=config.prediction_type,
+        rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+    )
+    if needs_picture(pipeline):
+        raise ValueError(
+            f"pretrained_model_name_or_path {source!r} is a {type(pipeline).__name__}, which improves pictures; give a model that "
+            "draws from prompts"
+        )
     if config.lora:
-        try:
-            pipeline.load_lora_weights(config.lora, weight_name=LORA_FILE, use_safetensors=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            raise ValueError(
-                f"lora {config.lora!r} could not be loaded ({error}); give a folder with pytorch_lora_weights.safetensors"
-            ) from error
-        pipeline.fuse_lora(lora_scale=config.lora_scale)
+        merge_lora(pipeline, config.lora, "lora", config.lora_scale)
     elif config.lora_scale != 1.0:
-        raise ValueError(f"lora_scale is {config.lora_scale} but no lora is given; add --lora FOLDER")
+        raise ValueError(f"lora_scale is {config.lora_scale} but no lora is given; add --lora FILE_OR_FOLDER")
     if config.sampler != "checkpoint":
         name, options = SAMPLERS[config.sampler]
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)

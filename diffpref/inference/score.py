@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffpref.core.types import Conditioning
 from diffpref.models.backbone import Backbone, load_backbone
-from diffpref.models.lora import LORA_FILE
+from diffpref.models.lora_file import merge_lora
 from diffpref.scorers.implicit import ImplicitReward, implicit_scorer
 
 Scorer = Callable[[np.ndarray, Sequence[str]], Tensor]
@@ -18,8 +18,9 @@ Scorer = Callable[[np.ndarray, Sequence[str]], Tensor]
 
 
 def load_implicit_scorer(base: str, aligned: str | None = None, lora: str | None = None, num_draws: int = 10, seed: int = 0) -> Scorer:
-    """The implicit reward of an aligned pipeline, or of a LoRA folder, relative to its base.
+    """The implicit reward of an aligned model, or of a LoRA file or folder, relative to its base.
 
+    base and aligned: a diffusers folder, a hub id or a single file whose configs can be had.
     Pictures must be squares that the model can take. Raises ValueError unless exactly one of aligned and lora is given, and for
     what cannot be loaded.
     """
@@ -27,7 +28,7 @@ def load_implicit_scorer(base: str, aligned: str | None = None, lora: str | None
         raise ValueError(f"aligned is {aligned!r} and lora is {lora!r}; give one of them")
     reference, policy = load_backbone(base), load_backbone(aligned or base)
     if lora:
-        policy.pipeline.load_lora_weights(lora, weight_name=LORA_FILE, use_safetensors=True)
+        merge_lora(policy.pipeline, lora, "lora")
     for backbone in (reference, policy):
         backbone.denoiser.eval()
     predict = [b.predictor(b.denoiser) for b in (policy, reference)]

@@ -12,6 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from diffpref.inference.score import load_implicit_scorer
 from diffpref.locations import asset
+from diffpref.models.backbone import load_pipeline
+from diffpref.models.lora import add_lora, save_lora, trainable_state
+from diffpref.models.lora_file import merge_lora
 from diffpref.testbed.world import render, sample_scenes
 
 
@@ -46,3 +49,23 @@ def test_the_base_against_itself_is_zero() -> None:
 def test_exactly_one_aligned_model(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="give one of them"):
         load_implicit_scorer("base", aligned="a", lora=str(tmp_path))
+
+
+def test_a_lora_scores_as_the_model_that_it_makes(tmp_path: Path) -> None:
+    base = str(asset("testbed", "pipeline"))
+    pipeline = load_pipeline(base)
+    pipeline.unet.requires_grad_(False)
+    add_lora(pipeline.unet, 2, 2, "attention", seed=0)
+    for p in trainable_state(pipeline.unet).values():
+        p.data.add_(0.02)
+    save_lora(pipeline, tmp_path / "lora")
+    merged = load_pipeline(base)
+    merge_lora(merged, str(tmp_path / "lora"), "lora")
+    merged.save_pretrained(tmp_path / "merged")
+    images = np.full((1, 64, 64, 3), 128, np.uint8)
+    scores = [
+        load_implicit_scorer(base, num_draws=2, **options)(images, ["a small red circle on gray"])  # type: ignore[arg-type]
+        for options in ({"lora": str(tmp_path / "lora")}, {"aligned": str(tmp_path / "merged")})
+    ]
+    torch.testing.assert_close(*scores, atol=1e-6, rtol=1e-3)
+    assert scores[0].abs().item() > 0
