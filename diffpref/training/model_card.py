@@ -16,7 +16,9 @@ import yaml
 
 from diffpref.locations import asset
 from diffpref.methods import METHODS
+from diffpref.methods.recipes import RECIPES
 from diffpref.models.lora import LORA_FILE
+from diffpref.training.config import TrainConfig
 from diffpref.training.export import INDEX
 from diffpref.training.run_folder import CONFIG_FILE, MANIFEST_FILE
 from diffpref.training.settings import names_of
@@ -58,7 +60,7 @@ def model_card(folder: Path, repository: str | None = None) -> str:
         summary(settings, manifest),
         f"## Use\n\n```python\n{loading_code(settings, folder, repository)}```\n\n{loading_notes(settings, folder)}",
         scores(folder),
-        f"## Method\n\n{method_text(settings['method'])}",
+        method_text(settings["method"]),
         f"## Training\n\n{data_text(settings, manifest)}\n\n{settings_table(settings, manifest)}",
         f"## Licence\n\n{LICENCE}",
         versions_text(manifest),
@@ -98,22 +100,28 @@ def summary(settings: Settings, manifest: Settings) -> str:
     if Path(source) == asset("testbed", "pipeline"):
         base = "the small model of diffpref's testbed"
     kind = "a LoRA adapter for" if settings["tune"] == "lora" else "all UNet weights of"
-    text = f"Preference-aligned text-to-image model: {kind} {base}, trained with {method_name(settings['method'])} on pairs of pictures of "
-    text += f"which one was preferred. Made with diffpref {manifest['versions'].get('diffpref', '')}".rstrip() + "."
+    text = f"Preference-aligned text-to-image model: {kind} {base}, trained with {method_title(settings['method'])} on pairs of pictures "
+    text += f"of which one was preferred. Made with diffpref {manifest['versions'].get('diffpref', '')}".rstrip() + "."
     if settings.get("use_ema"):
         text += " The weights are the moving average over the training."
     return text
 
 
-def method_name(method: str) -> str:
-    """Name and source of a method: the first words of its file."""
-    return _method_doc(method)[0].split("\n")[0].rstrip(".")
+def method_title(name: str) -> str:
+    """Name and source of a method as its file begins, and the recipe where it is one of several; the bare name of one's own method."""
+    if name not in RECIPES:
+        return name
+    title = _paragraphs(name)[0].split("\n")[0].split("): ")[0].rstrip(".")
+    title += ")" * (title.count("(") - title.count(")"))
+    return title if RECIPES[name].method == name else f"{title}, recipe {name},"
 
 
-def method_text(method: str) -> str:
-    """The method's own statement of its equation, and links to its papers."""
-    head, *rest = _method_doc(method)
-    parts = [head]
+def method_text(name: str) -> str:
+    """The method's own statement of its equation, and links to its papers; empty for a method from elsewhere."""
+    if name not in RECIPES:
+        return ""
+    head, *rest = _paragraphs(name)
+    parts = ["## Method", head]
     if rest and "=" in rest[0]:
         parts.append(f"```\n{textwrap.dedent(rest[0])}\n```")
     papers = dict.fromkeys(re.findall(r"arXiv:(\d{4}\.\d{4,5})", head))
@@ -121,9 +129,10 @@ def method_text(method: str) -> str:
     return "\n\n".join(parts)
 
 
-def _method_doc(method: str) -> list[str]:
-    module = sys.modules[METHODS[method].__module__]
-    return inspect.cleandoc(module.__doc__ or method).split("\n\n")
+def _paragraphs(recipe: str) -> list[str]:
+    """What stands at the beginning of the file of a recipe's method."""
+    module = sys.modules[METHODS[RECIPES[recipe].method].__module__]
+    return inspect.cleandoc(module.__doc__ or recipe).split("\n\n")
 
 
 def loading_code(settings: Settings, folder: Path, repository: str | None) -> str:
@@ -158,8 +167,8 @@ def loading_notes(settings: Settings, folder: Path) -> str:
 def scores(folder: Path) -> str:
     """The evaluation that lies in the folder, and the last held-out accuracy; empty if there is neither."""
     lines = []
-    if (folder / "report.json").exists():
-        r = json.loads((folder / "report.json").read_text())
+    r = json.loads((folder / "report.json").read_text()) if (folder / "report.json").exists() else {}
+    if "win_rate" in r:
         lines.append(
             f"| win rate against the base | {_percent(r['win_rate'])} (95 % interval {_percent(r['win_rate_low'])} to "
             f"{_percent(r['win_rate_high'])}, {r['num_prompts']} prompts, judged by the {r['score_name']}) |"
@@ -196,14 +205,18 @@ def data_text(settings: Settings, manifest: Settings) -> str:
 
 def settings_table(settings: Settings, manifest: Settings) -> str:
     """The method's hyper-parameters, the numbers that are usually hidden, and the settings that say something."""
-    own = [name for name in names_of(METHODS[settings["method"]]) if name in settings]
+    own = [name for name in settings if name not in names_of(TrainConfig)]
     skip = LORA_ONLY if settings["tune"] == "full" else ()
     rows = {name: settings.get(name) for name in (*own, *SHOWN) if name not in skip}
     if not settings.get("use_ema"):
         rows.pop("ema_decay", None)
     if not settings.get("start_lora"):
         rows.pop("start_lora_as", None)
-    counted = {"pairs per update": manifest["pairs_per_update"], "learning rate as used": manifest["effective_learning_rate"]}
+    counted = {
+        "parts": ", ".join(manifest["objective"]),
+        "pairs per update": manifest["pairs_per_update"],
+        "learning rate as used": manifest["effective_learning_rate"],
+    }
     shown = {name: value for name, value in (rows | counted).items() if value is not None and value is not False}
     lines = [f"| {name} | {_cell(value)} |" for name, value in shown.items()]
     return "\n".join(["| setting | value |", "|---|---|", *lines])

@@ -16,10 +16,11 @@ from PIL import Image
 
 from diffpref import cli
 from diffpref.locations import asset
-from diffpref.methods import METHODS
+from diffpref.methods.diffusion_dpo import DiffusionDPO
+from diffpref.methods.recipes import RECIPES
 from diffpref.training.align import Aligned, align, refresh_card
 from diffpref.training.config import TrainConfig
-from diffpref.training.model_card import method_name, method_text, model_card, public_name, write_card
+from diffpref.training.model_card import method_text, method_title, model_card, public_name, write_card
 
 Settings = dict[str, Any]
 Finished = Callable[..., Path]
@@ -31,7 +32,7 @@ def finished(base_settings: Settings, tmp_path: Path) -> Finished:
 
     def go(**settings: Any) -> Path:
         given = base_settings | {"max_train_steps": 1, "output_dir": str(tmp_path / "my-run")} | settings
-        return align(TrainConfig(**given), METHODS[given.get("method", "diffusion_dpo")]()).folder
+        return align(TrainConfig(**given), DiffusionDPO()).folder
 
     return go
 
@@ -137,11 +138,24 @@ def test_a_relative_folder_is_no_hub_id(tmp_path: Path, monkeypatch: pytest.Monk
     assert public_name("models/mine") == ("mine", False)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", RECIPES)
 def test_every_method_says_what_it_is(method: str) -> None:
-    assert len(method_name(method)) > 10
-    assert "arXiv:" in method_text(method)
-    assert "```" in method_text(method)
+    text = method_text(method)
+    assert method_title(method).split(", recipe")[0] in text
+    assert "https://arxiv.org/abs/" in text or "openreview" in text
+    assert "```" in text
+
+
+def test_recipes_and_methods_of_ones_own(finished: Finished) -> None:
+    folder = finished()
+    head, text = split(change(folder, method="inpo", num_steps=10))
+    assert "inpo" in head["tags"]
+    assert "trained with Diffusion-DPO (Wallace et al., 2023, arXiv:2311.12908, Eq. 14), recipe inpo," in text
+    assert (table(text)["num_steps"], table(text)["parts"]) == ("10", "DiffusionDPO, ForwardNoising")
+    text = change(folder, method="my_method", strength=3)
+    assert "trained with my_method on pairs" in text
+    assert "## Method" not in text
+    assert table(text)["strength"] == "3"
 
 
 REPORT: Settings = {
@@ -175,6 +189,8 @@ def test_unknown_scores_are_said_to_be_unknown(finished: Finished) -> None:
     folder = finished()
     (folder / "report.json").write_text(json.dumps(REPORT | {"win_rate_low": None}))
     assert "95 % interval unknown to 95.0 %" in write_card(folder).read_text()
+    (folder / "report.json").write_text(json.dumps({"models": []}))  # an evaluation of several models
+    assert "## Scores" not in write_card(folder).read_text()
 
 
 def test_the_testbed_refreshes_the_card(base_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +199,7 @@ def test_the_testbed_refreshes_the_card(base_settings: Settings, tmp_path: Path,
 
     monkeypatch.setattr("diffpref.testbed.demo.report_run", report)
     config = TrainConfig(**base_settings | {"max_train_steps": 1, "output_dir": str(tmp_path / "run")})
-    assert cli._run(config, METHODS["diffusion_dpo"](), 8) == 0
+    assert cli._run(config, DiffusionDPO(), 8, []) == 0
     assert "93.3 %" in (tmp_path / "run" / "README.md").read_text()
 
 
