@@ -35,7 +35,9 @@ class StreamedPairs(PairDataset):
 
     def __init__(self, spool: Spool, num_pairs: int, seed: int, fingerprint: str) -> None:
         values = {name: Arriving(self, column) for name, column in _BY_INDEX.items()}
-        self.__dict__.update(values, spool=spool, num_pairs=num_pairs, order=arrival_order(num_pairs, seed), fingerprint=fingerprint)
+        self.__dict__.update(
+            values, scores=NoScores(), spool=spool, num_pairs=num_pairs, order=arrival_order(num_pairs, seed), fingerprint=fingerprint
+        )
 
     def __len__(self) -> int:
         return self.num_pairs
@@ -81,16 +83,27 @@ class StreamedPairs(PairDataset):
 
 @dataclass(frozen=True)
 class Arriving:
-    """One column of streamed pairs, to be asked for single values."""
+    """One column of streamed pairs, to be asked for the values of some."""
 
     pairs: StreamedPairs
     column: str
 
-    def __getitem__(self, index: int) -> Any:
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, tuple):
+            return self[index[0]][:, *index[1:]]
+        if isinstance(index, np.ndarray):
+            return np.array([self[int(single)] for single in index])
         return self.pairs.values(int(index), [self.column])[self.column]
 
     def __iter__(self) -> Iterator[Any]:
         raise _needs_all(self.column)
+
+
+class NoScores(dict[str, np.ndarray]):
+    """The scores of streamed pairs: none, and whoever asks for one is told why."""
+
+    def __contains__(self, name: object) -> bool:
+        raise _needs_all("scores")
 
 
 _BY_INDEX = {"pair_ids": "pair_id", "prompts": "caption", "p0": "p0", "user_ids": "user_id"}

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pytest
 
 from diffpref.data import spool, streaming
@@ -222,7 +223,10 @@ def test_what_needs_all_pairs_is_refused(stream: Stream, make_columns: Any, writ
     for index in range(4):
         row = pairs.row(index)
         assert (pairs.pair_ids[index], pairs.prompts[index], pairs.p0[index]) == (row.pair_id, row.prompt, row.p0)
-    for needs_all in (lambda: list(pairs.prompts), lambda: pairs.scores, lambda: pairs.select([0])):
+    some = np.array([3, 1])
+    assert pairs.p0[some].tolist() == pairs.p0[some, None][:, 0].tolist() == [pairs.p0[3], pairs.p0[1]]
+    assert dict(pairs.scores) == {}
+    for needs_all in (lambda: list(pairs.prompts), lambda: "hps" in pairs.scores, lambda: pairs.select([0])):
         with pytest.raises(ValueError, match=r"streaming is true, but .* of all pairs"):
             needs_all()
     with pytest.raises(IndexError, match="pair index is 4"):
