@@ -107,7 +107,7 @@ class PairPixels(Dataset[Sample]):
         try:
             return decode_image(data, self.limits)
         except ImageError as error:
-            raise ValueError(f"pair {row.pair_id}, {column}: {error}; load with check_images=True to set such rows aside") from error
+            raise ValueError(f"pair {row.pair_id}, {column}: {error}; set check_images to true to have such rows set aside") from error
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -128,7 +128,7 @@ def evaluate(config: EvaluateConfig, scorers: Mapping[str, Score], base: str, pr
         settings_of(config, prompts),
         prompts,
         drawing,
-        {c.name: c.facts() for c in candidates},
+        {c.name: c.facts() | ({"source": base_name(base)} if c.name == BASE else {}) for c in candidates},
         scorers,
         measured,
         config.trained_on,
@@ -137,6 +137,11 @@ def evaluate(config: EvaluateConfig, scorers: Mapping[str, Score], base: str, pr
     write_data(report, folder)
     write_page(report, folder, partial(_picture, folder), config.report_pictures)
     return report
+
+
+def base_name(base: str) -> str:
+    """What a report calls the base: a hub id, or a folder's name."""
+    return Path(base).name if Path(base).exists() else base
 
 
 def chosen_prompts(config: EvaluateConfig) -> PromptSet:
