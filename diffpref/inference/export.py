@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,15 +15,17 @@ import diffusers
 import torch
 import yaml
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffpref.core.types import Conditioning
 from diffpref.inference.sample import DTYPES
-from diffpref.models.backbone import Backbone, load_backbone
+from diffpref.models.backbone import Backbone, as_backbone
 from diffpref.models.kohya import LoraWeights, kohya_metadata, kohya_state, lora_layers, modelspec
 from diffpref.models.lora import LORA_FILE, adapted_parts, merge_adapter, save_lora
+from diffpref.models.lora_file import load_adapter, merge_lora
+from diffpref.models.pipeline import load_pipeline
 from diffpref.models.saving import save_configs, save_pipeline
 from diffpref.models.single_file import to_original_layout
 
@@ -33,7 +34,6 @@ ROUNDING = {"fp32": 1e-4, "fp16": 1e-3, "bf16": 1e-2}
 """Largest difference, relative to the largest value, that may arise when the stored weights of a dtype are computed with once more.
 
 In float32 it is about 1e-6; a wrong scale or a lost layer makes more than any of these."""
-_DOWN = re.compile(r"(lora_A|lora_down|lora\.down|lora_linear_layer\.down)\.weight$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +41,17 @@ class ExportConfig:
     """Settings of `diffpref export`."""
 
     lora: str | None = None
-    """LoRA to export: the output_dir of a run, a file in diffusers' or kohya's form, or a hub id."""
+    """LoRA to export: the output_dir of a run, or a file in diffusers' or kohya's form."""
     aligned: str | None = None
-    """Pipeline to export, such as the output_dir of a run with tune full; give this or lora."""
+    """Complete model to export, such as the output_dir of a run with tune full, or a single .safetensors file; give this or lora."""
     pretrained_model_name_or_path: str | None = None
-    """Base model of the LoRA: a folder or hub id; the one that the run in the folder of lora was trained on when not given."""
+    """Base model of the LoRA: a folder, hub id or single file; what the run in the folder of lora started from when not given."""
     revision: str | None = None
     """Git revision of a base model on the hub."""
     variant: str | None = None
     """Weight variant of the base model's files, such as fp16."""
+    single_file_config: str | None = None
+    """Folder or hub id with the configs and tokenizers of a model that is a single file; the family's public one when not given."""
     format: Literal["diffusers", "kohya", "pipeline", "single_file"] | None = None
     """diffusers, kohya: a LoRA file; pipeline: the merged diffusers folder; single_file: the merged checkpoint in its original layout."""
     output: str | None = None
@@ -74,13 +76,20 @@ class ExportConfig:
             raise ValueError(f"output is {self.output!r}; format pipeline writes a folder")
         if self.aligned:
             self._check_aligned()
+        elif self.pretrained_model_name_or_path is None:
+            _check_unused(self, ("revision", "variant", "single_file_config"), "the base model is the run's own; give it to change that")
 
     def _check_aligned(self) -> None:
         if self.format in LORA_FORMATS:
             raise ValueError(f"format is {self.format}, a LoRA file, but aligned is a complete model; use format pipeline or single_file")
-        for name, default in {"pretrained_model_name_or_path": None, "revision": None, "variant": None, "lora_scale": 1.0}.items():
-            if getattr(self, name) != default:
-                raise ValueError(f"{name} is {getattr(self, name)!r}, but aligned is a complete model, which needs none; leave it out")
+        unused = ("pretrained_model_name_or_path", "revision", "variant", "lora_scale")
+        _check_unused(self, unused, "aligned is a complete model, which needs none; leave it out")
+
+
+def _check_unused(config: ExportConfig, names: tuple[str, ...], reason: str) -> None:
+    for name in names:
+        if getattr(config, name) != getattr(ExportConfig, name):
+            raise ValueError(f"{name} is {getattr(config, name)!r}, but {reason}")
 
 
 def export(config: ExportConfig) -> int:
@@ -112,50 +121,52 @@ def target_path(config: ExportConfig) -> Path:
 
 
 def load_aligned(config: ExportConfig) -> Backbone:
-    """The aligned pipeline, or the base with the adapter "default". Raises ValueError for what cannot be loaded."""
+    """The aligned model, or the base with the adapter "default". Raises ValueError for what cannot be loaded."""
     if config.aligned:
         if (Path(config.aligned) / LORA_FILE).exists() and not (Path(config.aligned) / "model_index.json").exists():
             raise ValueError(f"aligned {config.aligned!r} holds a LoRA and no pipeline; use --lora {config.aligned}")
-        return load_backbone(config.aligned)
+        return as_backbone(load_pipeline(config.aligned, single_file_config=config.single_file_config), config.aligned)
     lora = str(config.lora)
-    base = config.pretrained_model_name_or_path or base_of_run(Path(lora))
-    backbone = load_backbone(base, config.revision, config.variant)
-    load_adapter(backbone.pipeline, lora)
-    scale_adapter(backbone.pipeline, config.lora_scale)
+    if config.pretrained_model_name_or_path:
+        source = config.pretrained_model_name_or_path
+        pipeline = load_pipeline(source, config.revision, config.variant, single_file_config=config.single_file_config)
+    else:
+        source, pipeline = base_of_run(Path(lora))
+    backbone = as_backbone(pipeline, source)
+    load_adapter(pipeline, lora, "lora")
+    scale_adapter(pipeline, config.lora_scale)
     return backbone
 
 
-def base_of_run(folder: Path) -> str:
-    """The base model of the run in `folder`. Raises ValueError when there is none, or when it was changed before training."""
-    stored = (folder if folder.is_dir() else folder.parent) / "diffpref_config.yaml"
+def base_of_run(place: Path) -> tuple[str, DiffusionPipeline]:
+    """What the run in this folder started from, by name and as a pipeline: with its unet_init, and a start_lora merged as it was.
+
+    Raises ValueError when there is no run, or its parts have moved.
+    """
+    stored = (place if place.is_dir() else place.parent) / "diffpref_config.yaml"
     if not stored.is_file():
         raise ValueError(
-            f"pretrained_model_name_or_path is not given, and {str(folder)!r} has no diffpref_config.yaml that names it; "
+            f"pretrained_model_name_or_path is not given, and {str(place)!r} has no diffpref_config.yaml that names it; "
             "add --pretrained_model_name_or_path FOLDER_OR_HUB_ID, the model that the LoRA was trained on"
         )
     settings = yaml.safe_load(stored.read_text()) or {}
-    return str(settings["pretrained_model_name_or_path"])
+    own = ("single_file_config", "unet_init", "prediction_type", "rescale_betas_zero_snr")
+    options = {name: settings.get(name) for name in own} | {"vae": settings.get("pretrained_vae_model_name_or_path")}
+    source = str(settings["pretrained_model_name_or_path"])
+    pipeline = load_pipeline(source, settings.get("revision"), settings.get("variant"), **options)
+    if settings.get("start_lora") and settings.get("start_lora_as", "base") == "base":
+        merge_lora(pipeline, settings["start_lora"], "start_lora")
+    return source, pipeline
 
 
-def load_adapter(pipeline: DiffusionPipeline, source: str) -> None:
-    """Load a LoRA as the adapter "default". Raises ValueError when it cannot be read, or fits the pipeline only in part."""
-    path = Path(source)
-    place, name = (path.parent, path.name) if path.is_file() else (source, LORA_FILE)
+def read_back(pipeline: DiffusionPipeline, path: Path) -> None:
+    """Load a LoRA file as plain diffusers does, into the adapter "default". Raises ValueError when diffusers cannot."""
     try:
-        names = tensor_names(Path(place) / name) if path.exists() else None
-        if any("dora_scale" in n for n in names or ()):
-            raise ValueError("it is a DoRA in kohya's form, whose magnitudes diffusers drops")
-        pipeline.load_lora_weights(str(place), weight_name=name, adapter_name="default", use_safetensors=True)
+        pipeline.load_lora_weights(str(path.parent), weight_name=path.name, adapter_name="default", use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(
-            f"lora {source!r} could not be loaded ({reason}); give a LoRA of this base model: a file, or a folder with {LORA_FILE}"
-        ) from error
+        raise unequal(f"diffusers could not load it ({' '.join(str(error).split())})") from error
     for part in adapted_parts(pipeline).values():
         own_memory(part)
-    found, wanted = len(adapter_of(pipeline)), sum(bool(_DOWN.search(n)) for n in names or ())
-    if found == 0 or (names is not None and found != wanted):
-        raise ValueError(f"lora {source!r}: {found} of its {wanted} layers fit the base model; give the model that it was trained on")
 
 
 def own_memory(part: nn.Module) -> None:
@@ -163,12 +174,6 @@ def own_memory(part: nn.Module) -> None:
     for name, p in part.named_parameters():
         if "lora_" in name:
             p.data = p.data.clone()
-
-
-def tensor_names(path: Path) -> list[str]:
-    """The names in a safetensors file."""
-    with safe_open(path, "pt") as file:
-        return list(file.keys())
 
 
 def scale_adapter(pipeline: DiffusionPipeline, scale: float) -> None:
@@ -203,10 +208,7 @@ def write_lora(config: ExportConfig, backbone: Backbone, draft: Path) -> list[st
         (draft.parent / LORA_FILE).replace(draft)
     pipeline.unload_lora_weights()
     without = prediction(backbone)
-    try:
-        load_adapter(pipeline, str(draft))
-    except ValueError as error:
-        raise unequal(str(error)) from error
+    read_back(pipeline, draft)
     after, rounding = adapter_of(pipeline), ROUNDING[config.dtype]
     for name, (down, up) in before.items():
         w = after.get(name)

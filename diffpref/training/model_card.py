@@ -160,7 +160,10 @@ def loading_notes(settings: Settings, folder: Path) -> str:
         changed.remove("start_lora")
     if changed and not (folder / INDEX).exists():
         names = " and ".join(f"`{public_name(settings[name])[0]}` ({name})" for name in changed)
-        notes.append(f"Before training, the base model was changed by {names}; change it in the same way before loading the LoRA.")
+        notes.append(
+            f"Before training, the base model was changed by {names}; change it in the same way before loading the LoRA. "
+            "`diffpref export --lora FOLDER --format pipeline` writes a model that needs neither."
+        )
     return " ".join(notes)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from diffpref import cli
 from diffpref.inference import export as module
 from diffpref.locations import asset
+from diffpref.models.kohya import kohya_state
 from diffpref.models.lora import LORA_FILE, save_lora
 
 Kind = tuple[str, str]  # family, adapter
@@ -188,6 +189,60 @@ def test_the_base_of_a_run_is_found(bases: dict[str, Path], trained: Callable[..
     assert (tmp_path / "k.safetensors").is_file()
 
 
+def test_the_base_of_a_run_has_what_it_started_from(
+    bases: dict[str, Path], trained: Callable[..., Any], sd_v_folder: Path, tmp_path: Path
+) -> None:
+    first, _ = trained("sd", "dora")
+    second, _ = trained("sd", "lora")
+    run_folder = tmp_path / "run"
+    run_folder.mkdir()
+    (run_folder / LORA_FILE).write_bytes((second / LORA_FILE).read_bytes())
+    lines = [f"pretrained_model_name_or_path: {sd_v_folder}", f"unet_init: {bases['sd']}", f"start_lora: {first}", "start_lora_as: base"]
+    (run_folder / "diffpref_config.yaml").write_text("\n".join(lines))
+    assert run(lora=run_folder, format="pipeline", output=tmp_path / "merged") == 0
+    expected = plain(bases["sd"])
+    for folder in (first, second):
+        expected.load_lora_weights(folder, weight_name=LORA_FILE)
+        expected.fuse_lora(components=["unet"])
+        expected.unload_lora_weights()
+    found = plain(tmp_path / "merged")
+    torch.testing.assert_close(predict(found), predict(expected), rtol=1e-4, atol=1e-5)
+    assert found.scheduler.config.prediction_type == "v_prediction"
+    (run_folder / "diffpref_config.yaml").write_text("\n".join(lines).replace("start_lora_as: base", "start_lora_as: adapter"))
+    assert run(lora=run_folder, format="pipeline", output=tmp_path / "other") == 0
+    assert not torch.allclose(predict(plain(tmp_path / "other")), predict(expected), atol=1e-3)
+
+
+@pytest.mark.parametrize("form", ["kohya", "diffusers"])
+def test_a_kohya_file_with_an_alpha_per_layer(form: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    pipeline = plain(bases["sdxl"])
+    add_trained(pipeline, lora_alpha=2)
+    expected = predict(pipeline)
+    state = kohya_state(pipeline)
+    for number, name in enumerate(sorted(name for name in state if name.endswith(".alpha"))):
+        factor = (1.0, 2.0, 0.5)[number % 3]
+        state[name] = state[name] * factor
+        state[name.replace(".alpha", ".lora_up.weight")] /= factor
+    save_file(state, tmp_path / "foreign.safetensors")
+    settings = {"lora": tmp_path / "foreign.safetensors", "pretrained_model_name_or_path": bases["sdxl"], "format": form}
+    assert run(**settings, output=tmp_path / "out.safetensors") == 0
+    fresh = plain(bases["sdxl"])
+    fresh.load_lora_weights(tmp_path, weight_name="out.safetensors")
+    torch.testing.assert_close(predict(fresh), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_single_file_goes_in_and_comes_out(bases: dict[str, Path], trained: Callable[..., Any], tmp_path: Path) -> None:
+    file = tmp_path / "one.safetensors"
+    assert run(aligned=bases["sdxl"], format="single_file", output=file) == 0
+    assert run(aligned=file, single_file_config=bases["sdxl"], format="pipeline", output=tmp_path / "folder") == 0
+    assert torch.equal(predict(plain(tmp_path / "folder")), predict(plain(bases["sdxl"])))
+    again = tmp_path / "again.safetensors"
+    assert run(aligned=tmp_path / "folder", format="single_file", output=again) == 0
+    before, after = load_file(file), load_file(again)
+    assert before.keys() == after.keys()
+    assert [name for name, x in before.items() if not torch.equal(x, after[name])] == []
+
+
 @contextmanager
 def nothing_new(folder: Path) -> Iterator[None]:
     """What lies in the folder stays as it was."""
@@ -288,6 +343,10 @@ BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["pretrained_model_name_or_path is 'b'", "leave it out"],
     ),
     "strength of a model": ({"aligned": "a", "format": "pipeline", "output": "k", "lora_scale": 0.5}, ["lora_scale is 0.5"]),
+    "revision without a base": (
+        {"lora": "a", "format": "kohya", "output": "k.safetensors", "revision": "x"},
+        ["revision is 'x'", "run's own"],
+    ),
     "missing model": ({"aligned": "./nowhere", "format": "pipeline", "output": "k"}, ["./nowhere"]),
 }
 
@@ -314,7 +373,7 @@ def test_adapters_that_do_not_fit(bases: dict[str, Path], trained: Callable[...,
     (tmp_path / "more").mkdir()
     save_file(more, tmp_path / "more" / LORA_FILE)
     assert run(lora=tmp_path / "more", pretrained_model_name_or_path=bases["sd"], **settings) == 2
-    assert "layers fit the base model" in error_of(capsys)
+    assert "unet.nowhere" in error_of(capsys)
     assert run(aligned=lora, format="pipeline", output=tmp_path / "model") == 2
     assert "holds a LoRA and no pipeline; use --lora" in error_of(capsys)
 
@@ -323,7 +382,7 @@ def test_weights_leave_the_mapped_file(bases: dict[str, Path], trained: Callable
     stored = load_file(trained("sd", "lora")[0] / LORA_FILE)
     save_file(stored, tmp_path / "odd.safetensors", metadata={"pad": "x" * 13})
     pipeline = plain(bases["sd"])
-    module.load_adapter(pipeline, str(tmp_path / "odd.safetensors"))
+    module.read_back(pipeline, tmp_path / "odd.safetensors")
     places = [p.data_ptr() for name, p in pipeline.unet.named_parameters() if "lora_" in name]
     assert len(places) == len(stored)
     assert not [place for place in places if place % 64]
