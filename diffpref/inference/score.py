@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from diffpref.core.types import Conditioning
-from diffpref.models.backbone import Backbone, load_backbone
+from diffpref.models.backbone import Backbone, load_backbone, on_token_ids, text_encoders
 from diffpref.models.lora_file import merge_lora
 from diffpref.scorers.implicit import ImplicitReward, implicit_scorer
 
@@ -31,7 +32,10 @@ def load_implicit_scorer(base: str, aligned: str | None = None, lora: str | None
         merge_lora(policy.pipeline, lora, "lora")
     for backbone in (reference, policy):
         backbone.denoiser.eval()
-    predict = [b.predictor(b.denoiser) for b in (policy, reference)]
+    modules = [policy.denoiser, reference.denoiser]
+    if not same_text_encoders(policy, reference):  # then each encodes the prompts itself
+        (policy, modules[0]), (reference, modules[1]) = on_token_ids(policy), on_token_ids(reference)
+    predict = [b.predictor(module) for b, module in zip((policy, reference), modules, strict=True)]
     reward = ImplicitReward(predict[0], predict[1], reference.process, seed, num_draws)
 
     def encode_images(images: np.ndarray) -> Tensor:
@@ -45,10 +49,16 @@ def load_implicit_scorer(base: str, aligned: str | None = None, lora: str | None
     return score
 
 
+def same_text_encoders(a: Backbone, b: Backbone) -> bool:
+    """Whether two models of one family turn prompts into the same conditioning: equal weights."""
+    states = [{f"{i}.{n}": x for i, part in enumerate(text_encoders(m)) for n, x in part.state_dict().items()} for m in (a, b)]
+    return states[0].keys() == states[1].keys() and all(torch.equal(x, states[1][name]) for name, x in states[0].items())
+
+
 def with_time_ids(backbone: Backbone, prompts: Sequence[str], side: int) -> Conditioning:
     """Text conditioning (N, 1, ...) of uncropped square pictures of `side` pixels."""
     cond = backbone.encode_prompts(prompts)
     if not backbone.uses_time_ids:
         return cond
     time_ids = torch.tensor([side, side, 0, 0, side, side]).float().expand(len(prompts), 1, 6)
-    return Conditioning(cond.prompt_embeds, cond.pooled_prompt_embeds, time_ids)
+    return replace(cond, time_ids=time_ids)

@@ -103,6 +103,11 @@ def on_token_ids(backbone: Backbone, recompute: bool = False) -> tuple[Backbone,
     return ids, module
 
 
+def text_encoders(backbone: Backbone) -> list[nn.Module]:
+    """The text encoders of a model."""
+    return FAMILIES[backbone.family].text_encoders(backbone.pipeline)
+
+
 def vae_factor(pipeline: DiffusionPipeline) -> int:
     """Pixels per latent along one side."""
     return 2 ** (len(pipeline.vae.config.block_out_channels) - 1)

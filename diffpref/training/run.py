@@ -150,8 +150,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     """Check, load and connect everything; the cheap checks come first. Raises ValueError for whatever the user can mend."""
     notes = [*notes, *check_optimizer(config)]
     accelerator = new_accelerator(config)
-    if accelerator.is_main_process:
-        print(*notes, sep="\n", end="\n" if notes else "", file=sys.stderr)
+    accelerator.print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     folder, resume, repository = claim_places(config, objective, accelerator)
     pairs, held_out = load_run_pairs(config, accelerator.is_main_process)
     objective = fitted(objective, pairs)
@@ -164,9 +163,8 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     wrapped, optimizer = accelerator.prepare(module, state.optimizer)
     if module is not backbone.denoiser:
         accelerator.prepare_model(backbone.denoiser, evaluation_mode=True)  # pictures are then drawn in the precision of training
-    validation = None
-    if config.validation_steps and accelerator.is_main_process:
-        validation = Validation.start(config, folder, backbone.pipeline, held_out, scorer)
+    validates = config.validation_steps and accelerator.is_main_process
+    validation = Validation.start(config, folder, backbone.pipeline, held_out, scorer) if validates else None
     first_step = restore(resume, folder, state, config, accelerator, pairs.fingerprint)
     policy, alone = backbone.predictor(wrapped), backbone.predictor(module)  # held-out pairs are one process's work
     encoder = new_encoder(config, backbone, accelerator.device)

@@ -5,7 +5,6 @@ Both use the weights that will be exported: the moving average or the optimizer'
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
 from torch import Tensor
 
 from diffpref.core.policy import adapters_off
@@ -26,6 +24,7 @@ from diffpref.data.pairs import PairDataset
 from diffpref.evaluation.generate import Images, contact_sheet, generate
 from diffpref.models.lora import adapted_parts
 from diffpref.models.pipeline import needs_picture
+from diffpref.scorers import scorer_from
 from diffpref.scorers.implicit import ImplicitReward, pair_accuracy
 from diffpref.sources.dataset import Encoder, from_disk
 from diffpref.training.config import TrainConfig
@@ -35,8 +34,8 @@ PICTURE_GUIDANCE = 5.0
 SHEET_COLUMNS = 8
 """Pictures in a row of the sheet; the scorer sees all of them."""
 
-Scorer = Callable[[Sequence[Image.Image], Sequence[str]], Tensor]
-"""(N pictures, N prompts) -> float32 (N,), higher is better."""
+Scorer = Callable[[Images, Sequence[str]], Tensor]
+"""(uint8 pictures (N, H, W, 3), N prompts) -> float32 (N,), higher is better."""
 
 
 @dataclass
@@ -113,8 +112,7 @@ class Validation:
         """Mean score of the pictures."""
         if self.scorer is None:
             return 0.0
-        scores = self.scorer[1]([Image.fromarray(picture) for picture in pictures], self.prompts)
-        return float(scores.float().mean())
+        return float(self.scorer[1](pictures, self.prompts).float().mean())
 
 
 def load_scorer(spec: str | None, device: torch.device) -> tuple[str, Scorer] | None:
@@ -124,9 +122,8 @@ def load_scorer(spec: str | None, device: torch.device) -> tuple[str, Scorer] | 
     """
     if spec is None:
         return None
-    scorers = importlib.import_module("diffpref.scorers")
     try:
-        return spec.partition("=")[0], scorers.scorer_from(spec, device)
+        return spec.partition("=")[0], scorer_from(spec, device)
     except ValueError as error:
         raise ValueError(f"validation_scorer {spec!r}: {error}") from error
 

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from diffpref.inference.score import load_implicit_scorer
 from diffpref.locations import asset
-from diffpref.models.backbone import load_pipeline
-from diffpref.models.lora import add_lora, save_lora, trainable_state
+from diffpref.models.backbone import load_backbone, load_pipeline, with_text_encoders
+from diffpref.models.lora import adapted_parts, add_lora, merged_copy, save_lora, trainable_state
 from diffpref.models.lora_file import merge_lora
 from diffpref.testbed.world import render, sample_scenes
 
@@ -44,6 +44,27 @@ def test_the_base_against_itself_is_zero() -> None:
     base = str(asset("testbed", "pipeline"))
     images = np.full((1, 64, 64, 3), 128, np.uint8)
     assert load_implicit_scorer(base, aligned=base, num_draws=2)(images, ["a small red circle on gray"]).item() == 0
+
+
+@torch.no_grad()
+def test_trained_text_encoders_are_part_of_the_policy(sd_folder: Path, tmp_path: Path) -> None:
+    backbone = load_backbone(str(sd_folder))
+    add_lora(backbone.denoiser, rank=2, alpha=2, targets="attention", seed=0)  # untouched
+    _, module = with_text_encoders(backbone, False, rank=2, alpha=2, seed=0)
+    images = np.random.default_rng(0).integers(0, 256, (1, 32, 32, 3), dtype=np.uint8)
+    save_lora(backbone.pipeline, tmp_path)
+    assert load_implicit_scorer(str(sd_folder), lora=str(tmp_path), num_draws=2)(images, ["a red circle"]).item() == 0
+    for name, p in trainable_state(module.text).items():
+        p.add_(0.3 * torch.ones_like(p) if "lora_B" in name else 0)
+    save_lora(backbone.pipeline, tmp_path)
+    tuned = load_implicit_scorer(str(sd_folder), lora=str(tmp_path), num_draws=2)(images, ["a red circle"]).item()
+    assert tuned != 0
+    parts = {name: merged_copy(part) for name, part in adapted_parts(backbone.pipeline).items()}
+    for name, part in parts.items():
+        setattr(backbone.pipeline, name, part)
+    backbone.pipeline.save_pretrained(tmp_path / "merged")
+    merged = load_implicit_scorer(str(sd_folder), aligned=str(tmp_path / "merged"), num_draws=2)(images, ["a red circle"]).item()
+    assert merged == pytest.approx(tuned, rel=1e-2)
 
 
 def test_exactly_one_aligned_model(tmp_path: Path) -> None:
