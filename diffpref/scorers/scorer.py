@@ -50,6 +50,11 @@ class Scorer:
     num_workers: int = min(8, os.cpu_count() or 1)
     """Threads that fetch, decode and resize."""
 
+    def __post_init__(self) -> None:
+        for setting in ("batch_size", "num_workers"):
+            if (value := getattr(self, setting)) < 1:
+                raise ValueError(f"{self.name}: {setting} is {value}; accepted: 1 or more")
+
     @property
     def record(self) -> dict[str, str]:
         """What has to stand beside every number of this scorer."""

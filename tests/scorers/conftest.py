@@ -37,5 +37,5 @@ def pictures() -> tuple[Image.Image, ...]:
     return (
         *(noise(0, 64, 64), noise(1, 30, 51), noise(2, 160, 20)),
         *(transparent, noise(4, 45, 60).convert("L"), noise(5, 50, 41).convert("P")),
-        *(noise(6, 1, 24), noise(7, 9, 11), noise(8, 28, 28)),
+        *(noise(6, 1, 90), noise(7, 9, 11), noise(8, 28, 28)),
     )

@@ -18,6 +18,8 @@ from diffpref.testbed.tokenizer import write_tokenizer
 CLIP_WIDTHS = {"vision": 40, "text": 32, "projection": 24}
 """Vision heads are 20 wide and text heads 16, so that a confusion of the two shows."""
 IMAGE_SIZE, LAYERS = 28, 2
+MPS_LENGTH = 160
+"""Tokens of MPS's text tower; longer than its condition, as in the release, so that its padding takes part."""
 CLIP_HEADS, BLIP_HEADS = 2, (2, 3)
 """Of vision and text tower; BLIP's are 64 wide."""
 BLIP_SIDE = 32
@@ -164,7 +166,7 @@ def mps_clip_state(vocabulary: int, length: int) -> dict[str, Tensor]:
     state["text_projection"][:, 1:] *= 0.1
     end = 8 * state["text_projection"][:, 0] / state["text_projection"][:, 0].norm()
     words = torch.zeros(vocabulary, 1, dtype=torch.bool)
-    words[540:-2] = True  # after the bytes and the first merges of two letters, before the two special tokens
+    words[[545, 548, 554, 555, 578, 587, 603, 607]] = True  # background, blue, cir, circle, green, large, red, square
     state["token_embedding.weight"] += torch.where(words, -end, end)
     return state
 
@@ -205,9 +207,12 @@ def write_released(name: str, folder: Path) -> Path:
     shutil.rmtree(folder / "tokenizer")
     size = (len(tokenizer), tokenizer.model_max_length)
     by_openai = name in ("clip_vitl_cos", "clipscore", "aesthetic")
-    (folder / "config.json").write_text(json.dumps(clip_config(*size, "quick_gelu" if by_openai else "gelu")))
+    config = clip_config(*size, "quick_gelu" if by_openai else "gelu")
     if name == "mps":
-        save_file(mps_state(*size), folder / "model.safetensors")
+        config["text_config"]["max_position_embeddings"] = MPS_LENGTH
+    (folder / "config.json").write_text(json.dumps(config))
+    if name == "mps":
+        save_file(mps_state(len(tokenizer), MPS_LENGTH), folder / "model.safetensors")
     elif name.startswith("hps"):
         halved = {key: value.half() for key, value in open_clip_state(*size, seed=6).items()}
         version = "v2.1" if "2.1" in name else "v2"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -41,6 +42,15 @@ def test_conventions_of_the_crop_differ_on_an_odd_margin() -> None:
     first, second = (ShortestSideCrop(28, torchvision).image(image) for torchvision in (False, True))
     assert torch.equal(first[:, 1:], second[:, :-1])
     assert not torch.equal(first, second)
+
+
+def test_pixels_are_resized_like_images_up_to_the_rounding_of_pillow(pictures: Pictures) -> None:
+    for image in pictures:
+        image = image.convert("RGB")
+        pixels = torch.tensor(np.array(image)).permute(2, 0, 1)[None] / 255
+        for geometry in (ShortestSideCrop(28), ShortestSideCrop(28, torchvision=True)):
+            eight_bits = geometry.image(image) / 255  # rounded after each of two passes
+            torch.testing.assert_close(geometry.pixels(pixels)[0], eight_bits, rtol=0, atol=5 / 255)
 
 
 @pytest.mark.parametrize("antialias", [True, False])

@@ -136,6 +136,13 @@ def test_autocast_of_the_caller_does_not_round(load: Callable[[str], Scorer], pi
     assert torch.equal(rounded, load("hpsv2.1")(pictures, prompts))
 
 
+def test_scores_carry_no_graph(load: Callable[[str], Scorer], pictures: Pictures) -> None:
+    weight = torch.ones((), requires_grad=True)
+    learned = replace(load("pickscore"), reward=lambda pixels, prompts: weight * pixels.mean((1, 2, 3)))
+    assert not learned(pictures, prompts_for(pictures)).requires_grad
+    assert learned.score_pixels(torch.zeros(1, 3, 8, 8), ["a red circle"]).requires_grad
+
+
 class Files(Sequence[Image.Image]):
     """Opened when asked for, as a lazy caller would."""
 
@@ -217,6 +224,12 @@ def test_counts_have_to_match(load: Callable[[str], Scorer], pictures: Pictures)
         load("pickscore").score_pixels(torch.zeros(1, 8, 8, 3), ["a red circle"])
     with pytest.raises(ValueError, match="1 images and 2 prompts"):
         load("pickscore").score_pixels(torch.zeros(1, 3, 8, 8), ["a red circle"] * 2)
+
+
+@pytest.mark.parametrize("setting", ["batch_size", "num_workers"])
+def test_batches_and_workers_number_at_least_one(setting: str, load: Callable[[str], Scorer]) -> None:
+    with pytest.raises(ValueError, match=f"{setting} is 0; accepted: 1 or more"):
+        replace(load("pickscore"), **{setting: 0})
 
 
 def test_score_that_is_not_finite_is_refused(load: Callable[[str], Scorer], pictures: Pictures) -> None:

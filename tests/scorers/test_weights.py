@@ -46,6 +46,19 @@ def test_one_file_is_as_good_as_its_folder(name: str, file: str, released: Relea
     assert by_folder.record == by_file.record
 
 
+def test_hub_id_is_read_from_the_cache(released: Released, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for repo, files in {"someone/hps": None, "laion/CLIP-ViT-H-14-laion2B-s32B-b79K": ("vocab.json", "merges.txt")}.items():
+        cached = tmp_path / f"models--{repo.replace('/', '--')}"
+        (cached / "refs").mkdir(parents=True)
+        (cached / "refs" / "main").write_text("0" * 40)
+        shutil.copytree(released("hpsv2.1"), cached / "snapshots" / ("0" * 40))
+        for path in (cached / "snapshots" / ("0" * 40)).iterdir():
+            if (path.name in ("vocab.json", "merges.txt")) != (files is not None):
+                path.unlink()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert scorer_from("hpsv2.1=someone/hps").record == scorer_from(f"hpsv2.1={released('hpsv2.1')}").record
+
+
 @pytest.mark.parametrize("name", SCORERS)
 def test_without_network_and_weights_the_error_says_which_file_to_put_where(name: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=rf"{name}: .*Put .* into a folder and pass {name}=FOLDER"):
