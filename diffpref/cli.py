@@ -22,6 +22,8 @@ USAGE = """usage: diffpref COMMAND [--setting value ...]
   benchmark  pictures in the layouts of GenEval, DPG-Bench, T2I-CompBench and HPDv2, and their results
   verify     a published checkpoint: our figures beside the paper's
   testbed    compare with the base and its controls, rebuild parts of the testbed, or run its results table
+  train-reward-model
+             fit a scorer to preference pairs, saved in PickScore's layout
 
 diffpref COMMAND --help lists the settings of a command."""
 
@@ -53,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "verify": verify,
         "benchmark": benchmark,
         "testbed": testbed,
+        "train-reward-model": train_reward_model,
     }
     if words[0] not in commands:
         return _fail(f"{words[0]!r} is not a command; use {', '.join(commands)}")
@@ -252,6 +255,37 @@ def _scorer(spec: str) -> Callable[..., Any]:
     from diffpref.scorers import scorer_from
 
     return scorer_from(spec, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train_reward_model(argv: list[str]) -> int:
+    """Fit a reward model to pairs; see diffpref/training/reward_loop.py."""
+    _die_with_launcher()
+    _use_all_cores()
+    from diffpref.training.reward_config import RewardModelConfig
+    from diffpref.training.settings import build, help_text, names_of, parse_flags, read_yaml
+
+    known = [*names_of(RewardModelConfig), "config"]
+    flags = parse_flags(argv, [*known, "help"])
+    if flags.pop("help", False):
+        print(f"usage: diffpref train-reward-model [--config FILE.yaml] [--setting value ...]\n{help_text(RewardModelConfig)}")
+        return 0
+    path = flags.pop("config", None)
+    config = build(RewardModelConfig, {**(read_yaml(path, known) if path else {}), **flags})
+    from diffpref.training.reward_loop import fit
+    from diffpref.training.stopping import NotFinite, Stopped
+
+    try:
+        fitted = fit(config)
+    except Stopped as stop:
+        print(stop, file=sys.stderr, flush=True)
+        return stop.code
+    except NotFinite as problem:
+        print(f"error: {problem}", file=sys.stderr, flush=True)
+        return 3
+    if fitted.is_main_process:
+        held_out = "" if fitted.accuracy is None else f", held-out accuracy {fitted.accuracy:.3f}"
+        print(f"reward model of step {fitted.step}{held_out}: use it as pickscore={fitted.folder}")
+    return 0
 
 
 def evaluate(argv: list[str]) -> int:

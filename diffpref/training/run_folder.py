@@ -59,8 +59,11 @@ def claim(config: TrainConfig, method: Objective, accelerator: Accelerator) -> t
 
     Raises ValueError when the folder belongs to a run with other settings, or holds a run and no resume was asked for.
     """
-    folder = Path(str(config.output_dir))
-    settings = to_flat(config, *method.parts)
+    return claim_folder(Path(str(config.output_dir)), to_flat(config, *method.parts), config.resume_from_checkpoint, accelerator)
+
+
+def claim_folder(folder: Path, settings: Settings, wanted: str | None, accelerator: Accelerator) -> tuple[Path, Path | None]:
+    """`claim` for any kind of run: its flat settings, and the checkpoint that is `wanted`."""
     stored = folder / CONFIG_FILE
     if stored.exists():
         differences = compare(yaml.safe_load(stored.read_text()) or {}, settings)
@@ -68,16 +71,16 @@ def claim(config: TrainConfig, method: Objective, accelerator: Accelerator) -> t
             raise ValueError(
                 f"output_dir {str(folder)!r} holds a run with other settings ({'; '.join(differences)}); choose another output_dir"
             )
-        if config.resume_from_checkpoint is None:
+        if wanted is None:
             raise ValueError(
                 f"output_dir {str(folder)!r} already holds this run; add --resume_from_checkpoint latest or choose another output_dir"
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output_dir {str(folder)!r} is not empty and no run of diffpref; choose another output_dir")
     resume = None
-    if config.resume_from_checkpoint:
+    if wanted:
         with accelerator.main_process_first():  # it renames damaged checkpoints; the others then look at what is left
-            resume, warnings = find_checkpoint(folder, config.resume_from_checkpoint)
+            resume, warnings = find_checkpoint(folder, wanted)
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     accelerator.wait_for_everyone()
