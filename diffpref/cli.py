@@ -274,6 +274,7 @@ def train_reward_model(argv: list[str]) -> int:
     from diffpref.training.reward_loop import fit
     from diffpref.training.stopping import NotFinite, Stopped
 
+    _no_loading_bars()
     try:
         fitted = fit(config)
     except Stopped as stop:
@@ -362,10 +363,12 @@ def _configured(cls: type[Any], argv: list[str], command: str, testbed: dict[str
 
 
 def _no_loading_bars() -> None:
-    """Hide the bars of pipelines that load in a second; diffusers has no environment variable for them."""
-    from diffusers.utils import logging
+    """Hide the bars of models that load or are saved in a second; the libraries have no environment variable for them."""
+    import diffusers
+    import transformers
 
-    logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _die_with_launcher() -> None:

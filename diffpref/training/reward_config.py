@@ -85,8 +85,9 @@ class RewardModelConfig:
         _check_model(self)
         if not (self.train_data_dir or self.dataset_name):
             raise ValueError("train_data_dir and dataset_name are both missing; give the pairs to learn from with one of them")
-        if self.dataloader_num_workers < 1:
-            raise ValueError(f"dataloader_num_workers is {self.dataloader_num_workers}; it must be at least 1")
+        for name in ("dataloader_num_workers", "validation_steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0 and below 1")
@@ -94,8 +95,8 @@ class RewardModelConfig:
 
     def shared(self) -> TrainConfig:
         """The settings that alignment runs have too, for the parts of a run that are the same. Raises ValueError for their ranges."""
-        names = set(names_of(TrainConfig)) & set(names_of(RewardModelConfig)) - {"pretrained_model_name_or_path"}
-        return TrainConfig(**{name: getattr(self, name) for name in names} | {"validation_steps": None})
+        names = set(names_of(TrainConfig)) & set(names_of(RewardModelConfig)) - {"pretrained_model_name_or_path", "validation_steps"}
+        return TrainConfig(**{name: getattr(self, name) for name in names})
 
 
 def _check_model(config: RewardModelConfig) -> None:
