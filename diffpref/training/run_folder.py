@@ -96,6 +96,7 @@ def compare(stored: Settings, settings: Settings) -> list[str]:
         allowed.add("max_train_steps")  # follows from the epochs and the data, which are compared themselves
     if settings.get("aspect_ratio_buckets"):
         allowed.discard("train_batch_size")  # a micro-batch lies in one bucket, so its size decides which pairs come when
+    allowed |= {name for name in ("score_min", "score_max") if settings.get(name) is None}  # fitted to the data, which is compared itself
     names = [name for name in {**stored, **settings} if name not in allowed]
     return [f"{n}: {stored.get(n)} -> {settings.get(n)}" for n in names if stored.get(n) != settings.get(n)]
 

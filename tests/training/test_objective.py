@@ -124,6 +124,7 @@ def test_scores_of_the_data_reach_the_method(
     stored = yaml.safe_load((tmp_path / "run" / "diffpref_config.yaml").read_text())
     if recipe == "smpo":
         assert (stored["score_min"], stored["score_max"]) == (0.0, 47.0)
+    align(TrainConfig(**settings | {"resume_from_checkpoint": "latest"}), objective)  # the fitted range is no other setting
 
 
 def test_a_constant_score_is_refused(base_settings: Settings, pairs_file: Path, tmp_path: Path) -> None:
