@@ -20,6 +20,9 @@ from diffpref.paths import PATHS, Path
 from diffpref.paths.forward import ForwardNoising
 from diffpref.training.settings import Settings, build, names_of
 
+NEED_CAPTIONS = ("dcpo", "tdpo", "tkto")
+"""Recipes whose batches have a caption per picture."""
+
 
 @dataclass(frozen=True)
 class Objective:
@@ -86,8 +89,10 @@ def build_objective(recipe: str, settings: Settings, path: str | None = None, gu
 
 def _classes(recipe: str, path: str | None, guards: Sequence[str]) -> Iterator[tuple[type[Any], dict[str, Any]]]:
     """Method, path and guards with the settings that the recipe gives them."""
+    if recipe in NEED_CAPTIONS:
+        raise ValueError(f"method is {recipe!r}, which needs a caption for every picture; the readers give one per pair so far")
     if recipe not in RECIPES:
-        raise ValueError(f"method is {recipe!r}; accepted: {', '.join(RECIPES)}")
+        raise ValueError(f"method is {recipe!r}; accepted: {', '.join(name for name in RECIPES if name not in NEED_CAPTIONS)}")
     line = RECIPES[recipe]
     yield METHODS[line.method], dict(line.settings)
     if path is not None and path not in PATHS:
