@@ -103,6 +103,12 @@ def _rotate(x: Tensor) -> Tensor:
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
 
 
+def near_condition(states: Tensor, condition: Tensor) -> Tensor:
+    """Which tokens of P prompts (P, L, D) an image may attend to, given the tokens of the condition (M, D): bool (P, L)."""
+    nearest = (states @ condition.T).amax(-1)  # (P, L)
+    return nearest / nearest.amax(-1, keepdim=True) > THRESHOLD
+
+
 @dataclass(frozen=True)
 class ConditionedPreference:
     """The towers and the cross-attention layers on top of them."""
@@ -115,8 +121,7 @@ class ConditionedPreference:
         model = self.towers.model
         distinct = list(dict.fromkeys(prompts))
         states, pooled = self._text([*distinct, CONDITION])
-        similarity = (states[:-1] @ states[-1].T).amax(-1)  # (P, L), over the tokens of the condition
-        visible = similarity / similarity.amax(-1, keepdim=True) > THRESHOLD
+        visible = near_condition(states[:-1], states[-1])
 
         rows = [distinct.index(p) for p in prompts]
         tokens = model.visual_projection(model.vision_model(pixel_values=pixels).last_hidden_state)

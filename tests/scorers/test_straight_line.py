@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import CLIPTokenizerFast
 
 from diffpref.scorers import SCORERS, scorer_from
+from diffpref.scorers.mps import near_condition
 from tests.scorers import straight_line as plain
 from tests.scorers.released import (
     BERT_WORDS,
@@ -182,6 +183,12 @@ def test_prompts_are_repaired_as_open_clip_does(name: str, released: Released, p
     found = scorer_from(f"{name}={released(name)}")(pictures[:1], ["A  Red \u201ccircle\u201d\n< &amp;amp; ring "])
     wanted = EXPECTED[name](released(name), pictures[0], 'a red "circle" < & ring')
     torch.testing.assert_close(found[0], wanted, rtol=2e-5, atol=2e-5)
+
+
+def test_mask_of_mps_is_relative_to_its_own_prompt() -> None:
+    condition = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+    tokens = torch.tensor([[[1.0, -9.0], [0.02, 0.0], [0.005, 0.0]], [[0.0, 100.0], [0.0, 0.5], [3.0, 0.0]]])
+    assert near_condition(tokens, condition).tolist() == [[True, True, False], [True, False, True]]
 
 
 def test_aesthetic_head_is_affine(released: Released) -> None:

@@ -56,6 +56,7 @@ def test_hub_id_is_read_from_the_cache(released: Released, tmp_path: Path, monke
             if (path.name in ("vocab.json", "merges.txt")) != (files is not None):
                 path.unlink()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert WeightSource("x", "someone/hps", None).weights(["other.pt", "HPS_v2.1_compressed.pt"]).is_file()
     assert scorer_from("hpsv2.1=someone/hps").record == scorer_from(f"hpsv2.1={released('hpsv2.1')}").record
 
 
