@@ -16,7 +16,7 @@ from diffpref.core.types import Conditioning, Predict
 from diffpref.models import sd, sdxl, sdxl_refiner
 from diffpref.models.family import SETTING, family_of_config, model_family
 from diffpref.models.joint import TextAndUNet
-from diffpref.models.lora import add_text_lora
+from diffpref.models.lora import add_text_lora, freeze_unreached
 from diffpref.models.pipeline import load_pipeline
 
 __all__ = [
@@ -92,6 +92,7 @@ def on_token_ids(backbone: Backbone, recompute: bool = False) -> tuple[Backbone,
     """A backbone whose prompts are token ids, and the module that encodes them with the pipeline's own text encoders."""
     family = FAMILIES[backbone.family]
     encoders = family.text_encoders(backbone.pipeline)
+    freeze_unreached(encoders, family.text_depths(backbone.pipeline))
     named = dict(zip(("text_encoder", "text_encoder_2"), encoders, strict=False))
     module = TextAndUNet(backbone.denoiser, named, family.encode, family.predictor, recompute)
     ids = replace(

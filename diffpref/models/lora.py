@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -60,6 +61,18 @@ def add_text_lora(
         options = _options(rank, alpha, False, use_rslora)
         config = LoraConfig(target_modules=list(TEXT_ATTENTION), layers_to_transform=list(range(depth)), **options)
         _attach(encoder, config, seed + 1 + number)
+
+
+def freeze_unreached(encoders: Sequence[nn.Module], depths: Sequence[int]) -> None:
+    """Exclude the layers after the first `depths` of each text encoder from training, where an adapter came with them.
+
+    They would get no gradient, for which data-parallel processes wait in vain.
+    """
+    for encoder, depth in zip(encoders, depths, strict=True):
+        for name, p in encoder.named_parameters():
+            layer = re.search(r"\blayers\.(\d+)\.", name)
+            if layer and int(layer[1]) >= depth:
+                p.requires_grad_(False)
 
 
 def _options(rank: int, alpha: float, use_dora: bool, use_rslora: bool) -> dict[str, object]:

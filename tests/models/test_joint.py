@@ -14,9 +14,9 @@ from torch import Tensor
 
 from diffpref.core.policy import adapters_off
 from diffpref.core.types import Conditioning
-from diffpref.models.backbone import Backbone, load_backbone, with_text_encoders
+from diffpref.models.backbone import FAMILIES, Backbone, load_backbone, on_token_ids, with_text_encoders
 from diffpref.models.joint import TextAndUNet
-from diffpref.models.lora import LORA_FILE, adapted_parts, add_lora, merged_copy, save_lora, trainable_state
+from diffpref.models.lora import LORA_FILE, adapted_parts, add_lora, add_text_lora, merged_copy, save_lora, trainable_state
 
 PROMPTS = [["a red circle", "a blue square"], ["a blue square", "a red circle"], ["a red circle", "a red circle"]]
 TIMES = torch.tensor([[10, 10], [500, 500], [900, 900]])
@@ -112,6 +112,17 @@ def test_every_trained_parameter_gets_a_gradient_in_one_forward(folder: Path) ->
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7)
 
 
+def test_adapters_that_came_with_layers_out_of_reach_are_not_trained_there(sdxl_folder: Path) -> None:
+    backbone = load_backbone(str(sdxl_folder))
+    encoders = [backbone.pipeline.text_encoder, backbone.pipeline.text_encoder_2]
+    add_text_lora(encoders, [2, 3], rank=2, alpha=2, seed=0)  # all layers, as in most published files
+    tokens, module = on_token_ids(backbone)
+    tokens.predictor(module)(*batch(tokens)).square().mean().backward()
+    trained = trainable_state(module)
+    assert all(p.grad is not None for p in trained.values())
+    assert {name.split(".layers.")[1][0] for name in trained if "text_encoder." in name} == {"0"}
+
+
 @pytest.mark.parametrize("variant", [{}, {"use_rslora": True}, {"use_dora": True}], ids=["plain", "rslora", "dora"])
 @torch.no_grad()
 def test_plain_diffusers_reads_the_file_with_difference_zero(variant: dict[str, bool], folder: Path, tmp_path: Path) -> None:
@@ -136,8 +147,6 @@ def test_plain_diffusers_reads_the_file_with_difference_zero(variant: dict[str, 
 
 
 def _encode(backbone: Backbone, prompts: Any) -> Conditioning:
-    from diffpref.models.backbone import FAMILIES
-
     return FAMILIES[backbone.family].encode_prompts(backbone.pipeline, prompts)
 
 

@@ -6,7 +6,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -215,7 +215,7 @@ def test_a_bad_update_is_skipped_and_reported(
     fault: str, prepare: Start, read_metrics: Metrics, read_state: State, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = prepare("run", max_train_steps=5, checkpointing_steps=1)
-    run.method = Faulty(run.method, {3, 4}, fault)  # two in a row are borne
+    run.objective = replace(run.objective, method=Faulty(run.objective.method, {3, 4}, fault))  # two in a row are borne
     train(run)
     states = [read_state(run.folder, step) for step in range(2, 6)]
     assert_same(states[0], states[1])
@@ -235,7 +235,7 @@ def test_a_bad_update_is_skipped_and_reported(
 
 def test_three_bad_updates_in_a_row_end_the_run(prepare: Start, read_state: State) -> None:
     run = prepare("run", checkpointing_steps=1)
-    run.method = Faulty(run.method, {2, 4, 5, 6}, "nan loss")
+    run.objective = replace(run.objective, method=Faulty(run.objective.method, {2, 4, 5, 6}, "nan loss"))
     with pytest.raises(NotFinite, match="last at step 6") as caught:
         train(run)
     assert "learning_rate (0.01)" in str(caught.value)
