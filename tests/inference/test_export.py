@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -296,22 +295,6 @@ def test_a_model_that_reads_back_differently_does_not_appear(
     assert not list(tmp_path.iterdir())
 
 
-def test_only_what_is_ours_is_replaced(sd_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    output = tmp_path / "merged"
-    output.mkdir()
-    (output / "thesis.txt").write_text("years of work")
-    with nothing_new(tmp_path):
-        assert run(aligned=sd_folder, format="pipeline", output=output) == 2
-        assert "--overwrite" in error_of(capsys)
-        assert run(aligned=sd_folder, format="pipeline", output=output, overwrite=True) == 2
-        assert "is not a pipeline folder" in error_of(capsys)
-    (output / "model_index.json").write_text("{}")
-    assert run(aligned=sd_folder, format="pipeline", output=output, overwrite=True) == 0
-    assert [p.name for p in tmp_path.iterdir()] == ["merged"]
-    assert not (output / "thesis.txt").exists()
-    assert "unet" in json.loads((output / "model_index.json").read_text())
-
-
 def test_files_are_replaced_only_when_asked(bases: dict[str, Path], trained: Callable[..., Any], tmp_path: Path, capsys: Any) -> None:
     output = tmp_path / "k.safetensors"
     output.write_text("old")
@@ -321,45 +304,6 @@ def test_files_are_replaced_only_when_asked(bases: dict[str, Path], trained: Cal
     assert output.read_text() == "old"
     assert run(**settings, overwrite=True) == 0
     assert load_file(output)
-
-
-def test_a_folder_that_cannot_be_written(sd_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    (tmp_path / "file").write_text("")
-    assert run(aligned=sd_folder, format="pipeline", output=tmp_path / "file" / "model") == 2
-    assert "could not be written" in error_of(capsys)
-
-
-BAD: dict[str, tuple[dict[str, Any], list[str]]] = {
-    "nothing": ({"format": "kohya", "output": "k.safetensors"}, ["lora is None and aligned None"]),
-    "both": ({"lora": "a", "aligned": "b", "format": "kohya", "output": "k.safetensors"}, ["give one of the two"]),
-    "no format": ({"lora": "a", "output": "k.safetensors"}, ["format is not given", "single_file"]),
-    "unknown format": ({"lora": "a", "format": "ckpt", "output": "k.ckpt"}, ["format is 'ckpt'", "kohya"]),
-    "no output": ({"lora": "a", "format": "kohya"}, ["output is not given"]),
-    "no safetensors": ({"lora": "a", "format": "kohya", "output": "k.pt"}, ["output is 'k.pt'", ".safetensors"]),
-    "file for a folder": ({"lora": "a", "format": "pipeline", "output": "k.safetensors"}, ["format pipeline writes a folder"]),
-    "kohya of a model": ({"aligned": "a", "format": "kohya", "output": "k.safetensors"}, ["format is kohya", "use format pipeline"]),
-    "base of a model": (
-        {"aligned": "a", "format": "pipeline", "output": "k", "pretrained_model_name_or_path": "b"},
-        ["pretrained_model_name_or_path is 'b'", "leave it out"],
-    ),
-    "strength of a model": ({"aligned": "a", "format": "pipeline", "output": "k", "lora_scale": 0.5}, ["lora_scale is 0.5"]),
-    "revision without a base": (
-        {"lora": "a", "format": "kohya", "output": "k.safetensors", "revision": "x"},
-        ["revision is 'x'", "run's own"],
-    ),
-    "missing model": ({"aligned": "./nowhere", "format": "pipeline", "output": "k"}, ["./nowhere"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_settings(case: str, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
-    monkeypatch.chdir(tmp_path)
-    settings, expected = BAD[case]
-    assert run(**settings) == 2
-    line = error_of(capsys)
-    for text in expected:
-        assert text in line
-    assert not list(tmp_path.iterdir())
 
 
 def test_adapters_that_do_not_fit(bases: dict[str, Path], trained: Callable[..., Any], tmp_path: Path, capsys: Any) -> None:
@@ -403,11 +347,3 @@ def test_dora_is_refused_where_it_cannot_travel(bases: dict[str, Path], trained:
     save_file(foreign, tmp_path / "foreign.safetensors")
     assert run(**settings | {"lora": tmp_path / "foreign.safetensors"}, format="pipeline", output=tmp_path / "k") == 2
     assert "DoRA in kohya's form" in error_of(capsys)
-
-
-def test_weights_that_overflow_are_refused(sd_folder: Path, tmp_path: Path, capsys: Any) -> None:
-    pipeline = plain(sd_folder)
-    pipeline.vae.decoder.conv_in.weight.data[0, 0, 0, 0] = 1e5
-    pipeline.save_pretrained(tmp_path / "large")
-    assert run(aligned=tmp_path / "large", format="single_file", output=tmp_path / "x.safetensors", dtype="fp16") == 2
-    assert "vae.decoder.conv_in.weight is not finite in dtype fp16; use --dtype bf16" in error_of(capsys)
