@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from diffpref import cli
 from diffpref.models.backbone import load_pipeline
-from diffpref.models.lora import LORA_FILE, add_lora, save_lora, trainable_state
+from diffpref.models.lora import LORA_FILE, add_lora, add_text_lora, save_lora, trainable_state
 from diffpref.models.lora_file import merge_lora
 from diffpref.models.single_file import to_original_layout
 from diffpref.training.run import Run
@@ -52,14 +52,18 @@ def sd_file(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def write_lora(folder: Path, target: Path, rank: int = 3, alpha: float = 5, targets: str = "to_q,to_v") -> Path:
-    """A LoRA of a model, with random weights."""
+def write_lora(folder: Path, target: Path, text: bool = False) -> Path:
+    """A LoRA of an SD model, with random weights, on the UNet and with `text` on the text encoder."""
     pipeline = copy.deepcopy(load_pipeline(str(folder)))
-    pipeline.unet.requires_grad_(False)
-    add_lora(pipeline.unet, rank, alpha, targets, seed=0)
     maker = torch.Generator().manual_seed(5)
-    for p in trainable_state(pipeline.unet).values():
-        p.data.add_(0.2 * torch.randn(p.shape, generator=maker))
+    for part in (pipeline.unet, pipeline.text_encoder):
+        part.requires_grad_(False)
+    add_lora(pipeline.unet, 3, 5, "to_q,to_v", seed=0)
+    if text:
+        add_text_lora([pipeline.text_encoder], [2], rank=3, alpha=5, seed=0)
+    for part in (pipeline.unet, pipeline.text_encoder):
+        for p in trainable_state(part).values():
+            p.data.add_(0.2 * torch.randn(p.shape, generator=maker))
     save_lora(pipeline, target)
     return target
 
@@ -74,7 +78,7 @@ def sd_lora(sd_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def answer(run: Run, who: str) -> Tensor:
     """What policy or reference predicts at a fixed place."""
     batch = next(run.source)
-    (step,) = run.path(batch, run.process, batch.random(0))
+    (step,) = run.objective.path(batch, run.process, batch.random(0))
     predict = run.policy if who == "policy" else run.reference
     assert predict is not None
     return predict(step.x_t, step.timesteps, batch.cond)
@@ -131,6 +135,29 @@ def test_a_lora_as_adapter_is_in_the_policy_alone(
     run_training("parts", max_train_steps=4, rank=3, resume_from_checkpoint="latest", **options)
     whole = run_training("whole", max_train_steps=4, rank=3, **options)
     assert_same(read_state(parts, 4), read_state(whole, 4))
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_an_adapter_with_and_without_layers_of_the_text_encoder(
+    text: bool, prepare: Prepare, run_training: Callable[..., Path], sd_folder: Path, tmp_path: Path
+) -> None:
+    lora = write_lora(sd_folder, tmp_path / "lora", text)
+    options = {"start_lora": str(lora), "start_lora_as": "adapter", "rank": 3, "train_text_encoder": True}
+    run = prepare("run", **options)
+    stored = load_file(lora / LORA_FILE)
+    trained = {name.replace(".default", ""): x.detach() for name, x in run.trainable.items()}
+    encoder = {name.split("text_encoder.")[1]: x for name, x in trained.items() if "text_encoder." in name}
+    assert len(encoder) == 2 * 2 * 4  # two layers of four matrices each
+    for name, x in encoder.items():
+        bare = name.removeprefix("text_model.")
+        assert torch.equal(x, stored[f"text_encoder.text_model.{bare}"]) if text else bool("lora_A" in name or (x == 0).all())
+    pictures = {"validation_steps": 1, "validation_prompts": ("a red circle",)}
+    plain, warm = prepare("plain", **pictures), prepare("warm", **options, **pictures)
+    assert plain.validation is not None
+    assert warm.validation is not None
+    assert (plain.validation.base_pictures == warm.validation.base_pictures).all()
+    folder = run_training("trained", max_train_steps=1, **options)
+    assert (folder / "checkpoint-1").is_dir()
 
 
 def test_base_pictures_show_the_base_of_an_adapter(prepare: Prepare, sd_lora: Path) -> None:
@@ -246,6 +273,11 @@ def pickled_model(folders: dict[str, Path], target: Path) -> Settings:
     return {"pretrained_model_name_or_path": target / "model.ckpt"}
 
 
+def text_layers(folders: dict[str, Path], target: Path) -> Settings:
+    """An adapter with more than is trained."""
+    return {"start_lora": write_lora(folders["sd"], target / "lora", text=True), "start_lora_as": "adapter", "rank": 3}
+
+
 def adapter(**more: Any) -> Callable[[dict[str, Path], Path], Settings]:
     """An adapter to go on from, with settings that contradict it."""
 
@@ -270,6 +302,7 @@ BAD: dict[str, tuple[Callable[[dict[str, Path], Path], Settings], list[str]]] = 
     "alpha of the adapter": (adapter(lora_alpha=3), ["lora_alpha is 3.0", "has 5"]),
     "layers of the adapter": (adapter(lora_targets="to_q"), ["lora_targets is 'to_q'", "leave lora_targets out"]),
     "variant of the adapter": (adapter(use_dora="true"), ["use_dora is True", "has False"]),
+    "text layers of the adapter": (text_layers, ["layers of the text encoders", "add train_text_encoder"]),
     "adapter without a file": (adapter(start_lora=None), ["start_lora_as is adapter", "no start_lora"]),
     "adapter of a full run": (adapter(tune="full", rank=None), ["start_lora_as is adapter", "tune is full"]),
     "noise from pure noise": (lambda f, t: {"rescale_betas_zero_snr": "true"}, ["predicts noise", "v_prediction"]),
