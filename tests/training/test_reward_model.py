@@ -155,10 +155,10 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 
 def test_the_loss_of_an_update_is_the_weighted_mean_over_all_its_pairs(start: Callable[..., RewardRun]) -> None:
-    """Three micro-batches of unequal weight, against the criterion written out over twelve pairs that were scored one by one."""
-    run = start("run", train_batch_size=4, gradient_accumulation_steps=3)
+    """Six micro-batches of unequal weight, against the criterion written out over 24 pairs that were scored one by one."""
+    run = start("run", train_batch_size=4, gradient_accumulation_steps=6)
     pairs, sampler = run.data.pairs, PairSampler(len(run.data.pairs), 0)
-    indices = [i for m in range(3) for i, _ in sampler.micro_batch(0, m, 0, batch_size=4, accumulation=3, world_size=1)]
+    indices = [i for m in range(6) for i, _ in sampler.micro_batch(0, m, 0, batch_size=4, accumulation=6, world_size=1)]
     tower, losses, weights = run.model.towers, [], []
     for i in indices:
         row = pairs.row(i)
