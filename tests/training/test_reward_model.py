@@ -59,10 +59,10 @@ def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Settings:
 
 
 def grey(level: int, seed: int) -> bytes:
-    """A PNG of 20 x 16 pixels around one grey level."""
+    """A PNG of 26 x 20 pixels around one grey level."""
     import io
 
-    noise = np.random.default_rng(seed).integers(-90, 91, (16, 20, 3))
+    noise = np.random.default_rng(seed).integers(-90, 91, (20, 26, 3))
     buffer = io.BytesIO()
     Image.fromarray((level + noise).clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
     return buffer.getvalue()
@@ -272,8 +272,11 @@ def state_without_best(folder: Path, step: int) -> dict[str, Tensor]:
     return load_file(folder / f"checkpoint-{step}" / "weights.safetensors")
 
 
-def test_half_precision_is_for_the_file_only(go: Callable[..., Path]) -> None:
+def test_half_precision_is_for_the_file_only(go: Callable[..., Path], start: Callable[..., RewardRun]) -> None:
     whole, half = go("whole"), go("half", export_dtype="float16")
+    run = start("direct", export_dtype="float16")
+    export(run, 0)
+    assert {p.dtype for p in run.model.parameters()} == {torch.float32}
     assert_same(state(whole, 6), state(half, 6))
     weights = load_file(whole / "model.safetensors")
     assert_same({name: x.half() for name, x in weights.items()}, load_file(half / "model.safetensors"))
@@ -304,6 +307,8 @@ def test_the_best_weights_are_exported_not_the_last(start: Callable[..., RewardR
     assert accuracy[1] != accuracy[2]
     better = 1 if accuracy[1] > accuracy[2] else 2
     assert (run.best.step, run.best.accuracy) == (better, accuracy[better])
+    with torch.no_grad():
+        projection.zero_()
     export(run, run.best.step)
     saved = load_file(run.folder / "model.safetensors")
     assert torch.equal(saved["visual_projection.weight"], run.best.weights["clip.visual_projection.weight"])
