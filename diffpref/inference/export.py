@@ -151,7 +151,7 @@ def base_of_run(place: Path) -> tuple[str, DiffusionPipeline]:
         )
     settings = yaml.safe_load(stored.read_text()) or {}
     own = ("single_file_config", "unet_init", "prediction_type", "rescale_betas_zero_snr")
-    options = {name: settings.get(name) for name in own} | {"vae": settings.get("pretrained_vae_model_name_or_path")}
+    options: dict[str, Any] = {name: settings.get(name) for name in own} | {"vae": settings.get("pretrained_vae_model_name_or_path")}
     source = str(settings["pretrained_model_name_or_path"])
     pipeline = load_pipeline(source, settings.get("revision"), settings.get("variant"), **options)
     if settings.get("start_lora") and settings.get("start_lora_as", "base") == "base":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.training_utils import _collate_lora_metadata
+from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -83,6 +83,7 @@ def _attach(module: nn.Module, config: LoraConfig, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         module.add_adapter(config)  # type: ignore[operator]
+    cast_training_params(module, torch.float32)  # a new adapter takes the dtype of its layers
 
 
 def adapted_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
+from diffusers.training_utils import cast_training_params
 from peft import LoraConfig, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file
@@ -105,6 +106,7 @@ def _attach(pipeline: DiffusionPipeline, lora: Lora, name: str) -> None:
         module = getattr(pipeline, part)
         with torch.random.fork_rng(devices=[]):  # the initial values are overwritten
             module.add_adapter(lora.configs[part], adapter_name=name)
+        cast_training_params(module, torch.float32)  # a new adapter takes the dtype of its layers
         result = set_peft_model_state_dict(module, tensors, adapter_name=name)
         left = [key for key in result.missing_keys if f".{name}" in key]
         left += result.unexpected_keys

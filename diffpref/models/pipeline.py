@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
@@ -60,8 +62,9 @@ def load_pipeline(
     unet_init: str | None = None,
     prediction_type: str | None = None,
     rescale_betas_zero_snr: bool | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> DiffusionPipeline:
-    """Load a model in float32, from safetensors only; its scheduler says what was asked for.
+    """Load a model from safetensors only, the autoencoder in float32, the rest in `dtype`; its scheduler says what was asked for.
 
     source: a diffusers folder, a hub id or a single .safetensors checkpoint. The other arguments are the settings of the same names
     (vae: pretrained_vae_model_name_or_path). Raises ValueError naming the setting that cannot work, and the remedy.
@@ -80,11 +83,9 @@ def load_pipeline(
         if single_file_config is not None:
             raise ValueError(f"single_file_config is {single_file_config!r}, but {SETTING} {source!r} has its own configs; leave it out")
         parts = _replaced_parts(source, revision, variant, vae, unet_init)
-        pipeline = _from_folder(source, family, revision, variant, parts)
+        pipeline = _from_folder(source, family, revision, variant, parts, dtype)
     pipeline.set_progress_bar_config(disable=True)
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            part.float().eval()
+    set_dtype(pipeline, dtype)
     pipeline.scheduler = with_schedule(pipeline.scheduler, prediction_type, rescale_betas_zero_snr)
     channels, latents = pipeline.unet.config.in_channels, pipeline.vae.config.latent_channels
     if channels != latents:
@@ -93,6 +94,17 @@ def load_pipeline(
             "models for inpainting, editing or enlarging are not supported"
         )
     return pipeline
+
+
+def set_dtype(pipeline: DiffusionPipeline, dtype: torch.dtype) -> None:
+    """Networks in `dtype` and in evaluation mode; the autoencoder stays in float32, and casts what the pipeline hands it to decode."""
+    vae = getattr(pipeline, "vae", None)
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, torch.float32 if part is vae else dtype).eval()
+    if vae is not None and dtype != torch.float32:
+        first = vae.post_quant_conv or vae.decoder.conv_in
+        first.register_forward_pre_hook(lambda layer, given: (given[0].to(layer.weight.dtype),))
 
 
 def needs_picture(pipeline: DiffusionPipeline) -> bool:
@@ -140,12 +152,18 @@ def _replaced_parts(
     return parts
 
 
-def _from_folder(source: str, family: str, revision: str | None, variant: str | None, parts: Mapping[str, nn.Module]) -> DiffusionPipeline:
+def _from_folder(
+    source: str, family: str, revision: str | None, variant: str | None, parts: Mapping[str, nn.Module], dtype: torch.dtype
+) -> DiffusionPipeline:
     index = read_index(source, revision)
     _check_parts(source, index, family, parts)
-    extra = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    extra: dict[str, Any] = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+    if dtype != torch.float32:  # so that no larger copy is ever in memory; under its old name, which all versions know
+        extra["torch_dtype"] = {"vae": torch.float32, "default": dtype}
     try:
-        return DiffusionPipeline.from_pretrained(source, revision=revision, variant=variant, use_safetensors=True, **parts, **extra)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
+            return DiffusionPipeline.from_pretrained(source, revision=revision, variant=variant, use_safetensors=True, **parts, **extra)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         if Path(source).is_dir():
             check_folder_files(Path(source), variant, SETTING)

@@ -155,7 +155,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about 25 % more time."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
-    """Autocast dtype of the UNet's forward passes; the launcher's when not given. Weights and losses stay in float32."""
+    """Autocast dtype of the UNet's forward passes; the launcher's when not given. Trained weights and losses stay in float32."""
+    base_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Dtype of a LoRA run's frozen weights (UNet, text encoders): fp32, or that of mixed_precision, which halves their memory."""
     allow_tf32: bool = False
     """Let GPUs multiply float32 matrices in TF32: faster, with 10 bits of mantissa."""
     attention: Literal["sdpa", "xformers"] = "sdpa"
@@ -318,6 +320,9 @@ def _check_tuning(config: TrainConfig) -> None:
     for name in ("use_dora", "use_rslora", "train_text_encoder"):
         if config.tune == "full" and getattr(config, name):
             raise ValueError(f"{name} is true, but it is about LoRA adapters and tune is full; leave it out or use tune lora")
+    if config.base_dtype != "fp32" and (config.tune == "full" or config.use_dora):
+        why = "tune is full, which trains all weights" if config.tune == "full" else "use_dora is true, which divides by their norms"
+        raise ValueError(f"base_dtype is {config.base_dtype}, but {why} in float32; use base_dtype fp32, or plain LoRA")
     needed = {
         "ema_decay": ("use_ema", config.use_ema),
         "lr_num_cycles": ("lr_scheduler cosine_with_restarts", config.lr_scheduler == "cosine_with_restarts"),

@@ -46,7 +46,12 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def check_precision(config: TrainConfig, precision: str, on_cpu: bool) -> None:
-    """Raises ValueError for a precision that the device computes not at all, or only by emulation."""
+    """Raises ValueError for a precision that the device computes not at all, or only by emulation, or that base_dtype contradicts."""
+    if config.base_dtype not in ("fp32", precision):
+        raise ValueError(
+            f"base_dtype is {config.base_dtype}, but mixed_precision is {precision}; weights in half precision need forward passes of "
+            f"the same: add --mixed_precision {config.base_dtype}, or use base_dtype fp32"
+        )
     if on_cpu:
         if precision == "fp16":
             raise ValueError("mixed_precision is fp16, which needs a GPU; on a CPU use no or bf16")

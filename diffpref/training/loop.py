@@ -10,14 +10,17 @@ import math
 import time
 from contextlib import closing, nullcontext
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from diffpref.core.policy import evaluate, two_pass_backward
 from diffpref.core.types import LossOutput, PreferenceBatch
-from diffpref.training.run import Run
 from diffpref.training.stopping import MAX_OVERFLOWS, MAX_SKIPPED, NotFinite, Stopped, StopSignals
+
+if TYPE_CHECKING:  # run.py imports the probe, which learns as this file does
+    from diffpref.training.run import Run
 
 UNTOUCHED_LIMIT = {"no": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 """Largest relative difference of the errors of an untouched policy and its reference, by mixed_precision; 0 on a CPU."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from diffpref.core.policy import adapter_off, frozen
 from diffpref.core.process import DdpmProcess
 from diffpref.core.types import Conditioning, Predict, PreferenceBatch
+from diffpref.data.pairs import PairDataset
 from diffpref.data.sampler import PairSampler
 from diffpref.models.backbone import Backbone
 from diffpref.training import checkpoint
@@ -30,6 +32,8 @@ from diffpref.training.models import load_models
 from diffpref.training.objective import Objective, fitted
 from diffpref.training.optim import check_optimizer
 from diffpref.training.pairs import load_run_pairs
+from diffpref.training.preflight import Preflight
+from diffpref.training.probe import probe
 from diffpref.training.run_folder import claim, open_folder
 from diffpref.training.run_log import RunLog
 from diffpref.training.settings import to_flat
@@ -56,12 +60,12 @@ class Run:
     optimizer: torch.optim.Optimizer
     scheduler: LambdaLR
     state: TrainingState  # trainable, optimizer and scheduler, and what else a checkpoint holds
-    source: Iterator[PreferenceBatch]
-    log: RunLog
     validation: Validation | None
     data: str  # fingerprint of the training pairs
     first_step: int = 0
     repository: str | None = None  # full id on the hub, on the main process of a run that pushes
+    source: Iterator[PreferenceBatch] = field(init=False)  # made after the preflight, because keeping latents takes long
+    log: RunLog = field(init=False)  # likewise, because a run that is refused leaves no trace
 
     @property
     def process(self) -> DdpmProcess:
@@ -151,14 +155,18 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     notes = [*notes, *check_optimizer(config)]
     accelerator = new_accelerator(config)
     accelerator.print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
+    preflight = Preflight(config, accelerator)
+    preflight.check_start(Path(str(config.output_dir)))
     folder, resume, repository = claim_places(config, objective, accelerator)
     pairs, held_out = load_run_pairs(config, accelerator.is_main_process)
     objective = fitted(objective, pairs)
     scorer = load_scorer(config.validation_scorer, accelerator.device) if accelerator.is_main_process else None
-    backbone, module, frozen_copy = load_models(config, objective, accelerator.device)
+    with preflight.loading():
+        backbone, module, frozen_copy = load_models(config, objective, accelerator.device)
     pixels = new_pixels(config, pairs, backbone, accelerator.is_main_process)
     sampler = new_sampler(config, pixels)
-    config = with_steps(config, sampler, accelerator)
+    preflight.config = config = with_steps(config, sampler, accelerator)
+    preflight.check_model(objective, backbone, module, pixels, folder, resume)
     state = TrainingState.start(config, module, accelerator)
     wrapped, optimizer = accelerator.prepare(module, state.optimizer)
     if module is not backbone.denoiser:
@@ -168,14 +176,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     first_step = restore(resume, folder, state, config, accelerator, pairs.fingerprint)
     policy, alone = backbone.predictor(wrapped), backbone.predictor(module)  # held-out pairs are one process's work
     encoder = new_encoder(config, backbone, accelerator.device)
-    source = new_source(config, pixels, sampler, encoder, accelerator, first_step)
-    open_folder(folder, config, objective, pairs, accelerator, backbone, notes)
-    start_trackers(accelerator, config.tracker_project_name, to_flat(config, *objective.parts), first_step)
-    log = RunLog(accelerator, folder, config.max_train_steps, pairs_per_update(config, accelerator), first_step)
-    if validation and held_out is not None and objective.needs_reference:
-        reference = new_reference(backbone, module, frozen_copy, alone)
-        validation.accuracy = held_out_accuracy(config, held_out, backbone, alone, reference, encoder)
-    return Run(
+    run = Run(
         config=config,
         objective=objective,
         accelerator=accelerator,
@@ -189,13 +190,33 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
         optimizer=optimizer,
         scheduler=state.scheduler,
         state=state,
-        source=source,
-        log=log,
         validation=validation,
         data=pairs.fingerprint,
         first_step=first_step,
         repository=repository,
     )
+    begin(run, preflight, partial(new_source, pixels=pixels, sampler=sampler, encoder=encoder, accelerator=accelerator), pairs, notes)
+    if validation and held_out is not None and objective.needs_reference:
+        reference = new_reference(backbone, module, frozen_copy, alone)
+        validation.accuracy = held_out_accuracy(config, held_out, backbone, alone, reference, encoder)
+    return run
+
+
+def begin(
+    run: Run, preflight: Preflight, source: Callable[..., Iterator[PreferenceBatch]], pairs: PairDataset, notes: Sequence[str]
+) -> None:
+    """Probe; then what takes long or leaves a trace: the source, which may keep all latents, the folder, trackers and the log.
+
+    source: new_source, but for settings and first step.
+    """
+    config, accelerator = run.config, run.accelerator
+    if preflight.probes:
+        plain = dataclasses.replace(config, cache_latents=False, dataloader_num_workers=0)
+        probe(run, source(config=plain, first_step=run.first_step), preflight)
+    run.source = source(config=config, first_step=run.first_step)
+    open_folder(run.folder, config, run.objective, pairs, accelerator, run.backbone, notes, preflight.found)
+    start_trackers(accelerator, config.tracker_project_name, to_flat(config, *run.objective.parts), run.first_step)
+    run.log = RunLog(accelerator, run.folder, config.max_train_steps, pairs_per_update(config, accelerator), run.first_step)
 
 
 def claim_places(config: TrainConfig, objective: Objective, accelerator: Accelerator) -> tuple[Path, Path | None, str | None]:

@@ -9,7 +9,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,7 @@ _MAY_CHANGE = {
     "cache_dir",
     "vae_encode_batch_size",
     "gradient_checkpointing",
+    "preflight",
     "train_batch_size",
     "gradient_accumulation_steps",
 }
@@ -109,10 +110,12 @@ def open_folder(
     accelerator: Accelerator,
     backbone: Backbone,
     notes: Sequence[str] = (),
+    preflight: Mapping[str, Any] | None = None,
 ) -> None:
     """Create the run folder with resolved settings, manifest and rejected rows, now that everything is loaded.
 
-    The manifest holds versions, revision, data fingerprint and the numbers that are usually hidden: rate and pairs per update.
+    The manifest holds versions, revision, data fingerprint, what the preflight found, and the numbers that are usually hidden: rate
+    and pairs per update.
     """
     if not accelerator.is_main_process:
         return
@@ -139,6 +142,7 @@ def open_folder(
         "model_family": backbone.family,
         "prediction_type": backbone.process.prediction_type,
         "data": {"pairs": len(pairs), "ties": pairs.ties, "rejected": len(pairs.rejected), "fingerprint": pairs.fingerprint},
+        "preflight": dict(preflight or {}),
         "git_revision": git_revision(),
         "versions": versions(),
         "python": platform.python_version(),

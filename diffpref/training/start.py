@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+import torch
 from accelerate import PartialState
 from torch import nn
 
@@ -12,6 +13,8 @@ from diffpref.models.backbone import Backbone, as_backbone, load_pipeline, on_to
 from diffpref.models.lora import TARGETS
 from diffpref.models.lora_file import load_adapter, merge_lora
 from diffpref.training.config import TrainConfig
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load_base(config: TrainConfig) -> Backbone:
@@ -26,6 +29,7 @@ def load_base(config: TrainConfig) -> Backbone:
         unet_init=config.unet_init,
         prediction_type=config.prediction_type,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
+        dtype=DTYPES[config.base_dtype],
     )
     notes = []
     if config.start_lora and config.start_lora_as == "base":

@@ -1,0 +1,125 @@
+"""What a run takes: the model counted, and the cost of its steps under the given settings and under others that might be advised."""
+
+from __future__ import annotations
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from diffpref.models.backbone import Backbone, vae_factor
+from diffpref.models.lora import ATTENTION
+from diffpref.training.config import TrainConfig
+from diffpref.training.memory import Counts, factored_numbers, latent_cache_bytes, memory_parts, optimizer_bytes
+from diffpref.training.objective import Objective
+from diffpref.training.sources import pictures_at_once
+from diffpref.training.step_cost import StepCost, step_cost, upper_bound, vae_bytes
+
+HEAP_ALLOWANCE = 1.4
+"""On a CPU activations count this often: the heap of the C library does not give back all that is freed (docs/preflight.md)."""
+AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PLENTY = 4
+"""On a CPU nothing is counted when a loose upper bound fits this often: counting takes half a second or more."""
+
+
+class RunCosts:
+    """Memory and FLOPs of a run on a device that has `budget` bytes to give."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        objective: Objective,
+        backbone: Backbone,
+        module: nn.Module,
+        resolution: int,
+        accelerator: Accelerator,
+        num_pairs: int,
+        budget: int,
+    ) -> None:
+        self.config = config
+        self.objective = objective
+        self.backbone = backbone
+        self.module = module
+        self.resolution = resolution
+        self.autocast = AUTOCAST[accelerator.mixed_precision]
+        self.on_gpu = accelerator.device.type == "cuda"
+        self.budget = budget
+        self.cache = self._cache(num_pairs) if config.cache_latents else 0
+        self.counts = self._counts(accelerator.num_processes)
+        self._steps: dict[tuple[int, bool], StepCost] = {}
+        self._bound: int | None = upper_bound(backbone, module, 2 * self.images_per_group * config.train_batch_size, resolution)
+        if self.on_gpu or PLENTY * sum(self.parts().values()) > budget:
+            self._bound = None
+
+    @property
+    def images_per_group(self) -> int:
+        """Pictures of a pair that the method looks at."""
+        return self.objective.images_per_group or 2
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether activations are an upper bound and FLOPs are not known."""
+        return self._bound is not None
+
+    def parts(self, config: TrainConfig | None = None, counts: Counts | None = None) -> dict[str, int]:
+        """Part -> bytes, under the run's settings if none are given."""
+        config = config or self.config
+        return memory_parts(config, self.objective.needs_reference, counts or self.counts, self.activations(config))
+
+    def activations(self, config: TrainConfig) -> int:
+        """Bytes at the peak of a micro-batch, of the autoencoder's work on it or of validation pictures: never there at once."""
+        if self._bound is not None:
+            return self._bound
+        vae = self.backbone.pipeline.vae
+        peaks = [self.step(config).activations, vae_bytes(vae, pictures_at_once(config), self.resolution)]
+        if config.validation_steps:
+            drawn = min(config.num_validation_images, 4)
+            peaks.append(vae_bytes(vae, drawn, self.backbone.default_resolution, decode=True))
+        return int(max(peaks) * (1 if self.on_gpu else HEAP_ALLOWANCE))
+
+    def step(self, config: TrainConfig) -> StepCost:
+        """One micro-batch of the policy at one step on the path; with guidance each picture is there twice."""
+        key = (config.train_batch_size, config.gradient_checkpointing)
+        if key not in self._steps:
+            guided = getattr(self.objective.path, "guidance_scale", 1.0) != 1
+            groups = (config.train_batch_size * (1 + guided), self.images_per_group)
+            self._steps[key] = step_cost(
+                self.backbone, self.module, groups, self.resolution, self.autocast, checkpointing=key[1], on_gpu=self.on_gpu
+            )
+        return self._steps[key]
+
+    @property
+    def flops_per_pair(self) -> float:
+        """Of policy and reference at one step on the path, with what checkpointing computes again."""
+        step = self.step(self.config)
+        return (step.flops + (step.forward_flops if self.objective.needs_reference else 0)) / self.config.train_batch_size
+
+    @property
+    def host_bytes(self) -> int:
+        """RAM that a run on a GPU needs: cached latents, and the larger file of a checkpoint while it is written."""
+        return self.cache + max(4 * self.counts.trained, optimizer_bytes(self.config.optimizer, self.counts))
+
+    def _cache(self, num_pairs: int) -> int:
+        side = self.resolution // vae_factor(self.backbone.pipeline)
+        numbers = self.backbone.pipeline.vae.config.latent_channels * side * side
+        return latent_cache_bytes(num_pairs, not self.config.no_hflip, numbers)
+
+    def _counts(self, num_processes: int) -> Counts:
+        networks = [part for part in self.backbone.pipeline.components.values() if isinstance(part, nn.Module)]
+        weights = [p for part in networks for p in part.parameters()]
+        unet = [p for name, p in self.backbone.denoiser.named_parameters() if "lora_" not in name]
+        trained = [p for p in self.module.parameters() if p.requires_grad]
+        return Counts(
+            weights=sum(p.numel() * p.element_size() for p in weights),
+            unet=sum(p.numel() * p.element_size() for p in unet),
+            trained=sum(p.numel() for p in trained),
+            factored=factored_numbers(p.shape for p in trained),
+            adapter=adapter_numbers(self.backbone.denoiser, self.config.rank),
+            cache=0 if self.on_gpu else self.cache,
+            num_processes=num_processes,
+        )
+
+
+def adapter_numbers(unet: nn.Module, rank: int) -> int:
+    """Numbers of an adapter of this rank on the attention layers."""
+    layers = [m for name, m in unet.named_modules() if isinstance(m, nn.Linear) and name.removesuffix(".base_layer").endswith(ATTENTION)]
+    return sum(rank * (layer.in_features + layer.out_features) for layer in layers)

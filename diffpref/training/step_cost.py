@@ -1,0 +1,157 @@
+"""What a step takes in bytes and FLOPs, counted on tensors without memory before anything is computed.
+
+A copy of the network whose tensors are fake (shapes, dtypes and devices, but no numbers) runs one forward and backward pass
+under the autocast, the gradient checkpointing and the adapters of the run. Storages are counted while they live, so the peak is
+what an allocator without waste would need; FLOPs are torch's counts of matrix products, convolutions and attention, two per
+multiply-add. What stays out: workspaces inside kernels, and what the allocator loses by fragmentation.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import flop_registry
+
+from diffpref.core.types import Conditioning
+from diffpref.models.backbone import FAMILIES, Backbone, vae_factor
+from diffpref.models.joint import TextAndUNet
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one micro-batch, weights and gradients that were there before not counted."""
+
+    activations: int  # bytes at the peak of forward and backward pass, less the gradients
+    forward_flops: int
+    flops: int  # forward and backward, with what checkpointing computes again
+
+
+class Counter(TorchDispatchMode):
+    """Counts living bytes and FLOPs of the operators inside the block."""
+
+    def __init__(self, known: nn.Module | None = None) -> None:
+        super().__init__()
+        self.live = self.peak = self.flops = 0
+        self._sizes: dict[int, int] = {}
+        for x in () if known is None else [*known.parameters(), *known.buffers()]:
+            self._sizes[x.untyped_storage()._cdata] = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor):
+                self._add(x.untyped_storage())
+        count = flop_registry.get(func.overloadpacket)
+        if count:
+            self.flops += count(*args, **(kwargs or {}), out_val=out)
+        return out
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            self._sizes[key] = storage.nbytes()
+            self.live += self._sizes[key]
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        self.live -= self._sizes.pop(key)
+
+
+def step_cost(
+    backbone: Backbone,
+    module: nn.Module,
+    groups: tuple[int, int],
+    resolution: int,
+    autocast: torch.dtype | None,
+    *,
+    checkpointing: bool,
+    on_gpu: bool,
+) -> StepCost:
+    """Cost of a forward and backward pass of the trained module over (G, K) pictures of resolution x resolution pixels.
+
+    on_gpu: count normalisation layers in float32, as autocast computes them on GPUs only.
+    """
+    null = backbone.null_prompt()
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network = without_memory(module)
+        unet: Any = network.unet if isinstance(network, TextAndUNet) else network
+        if checkpointing:
+            unet.enable_gradient_checkpointing()
+        else:
+            unet.disable_gradient_checkpointing()
+        if on_gpu and autocast is not None:
+            _normalise_in_float32(network)
+        side = resolution // vae_factor(backbone.pipeline)
+        x_t = torch.empty(*groups, unet.config.in_channels, side, side)
+        cond = null.map(lambda x: torch.empty(groups[0], *x.shape[1:], dtype=x.dtype))
+        times = torch.empty(*groups, 6) if backbone.uses_time_ids else None
+        counter = Counter(network)
+        with counter, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+            cond = _encoded(network, cond, checkpointing).map(lambda x: x.expand(-1, groups[1], *x.shape[2:]))
+            predict = FAMILIES[backbone.family].predictor(unet)
+            prediction = predict(x_t, torch.zeros(groups, dtype=torch.int64), replace(cond, time_ids=times))
+        forward_flops = counter.flops
+        with counter:
+            (prediction.float() - x_t).pow(2).mean().backward()
+    gradients = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
+    return StepCost(max(0, counter.peak - gradients), forward_flops, counter.flops)
+
+
+def _encoded(network: nn.Module, cond: Conditioning, recompute: bool) -> Conditioning:
+    """Conditioning (G, 1, ...): as it is, or encoded from token ids by a network that contains its text encoders."""
+    if not isinstance(network, TextAndUNet) or cond.token_ids is None:
+        return cond
+    ids = cond.token_ids[:, 0]
+    return checkpoint(network.encode, ids, use_reentrant=False) if recompute else network.encode(ids)
+
+
+def vae_bytes(vae: AutoencoderKL, images: int, resolution: int, decode: bool = False) -> int:
+    """Bytes at the peak of encoding (or decoding) `images` pictures at once, weights not counted."""
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        network = without_memory(vae)
+        pixels = torch.empty(images, 3, resolution, resolution)
+        with Counter(network) as counter:
+            latent = network.encode(pixels).latent_dist.mean
+            if decode:
+                counter.peak = counter.live
+                network.decode(latent)
+    return counter.peak
+
+
+def without_memory(network: Any) -> Any:
+    """A copy of a network that shares nothing with it and holds fake tensors; for use inside FakeTensorMode."""
+    memo: dict[int, Any] = {}
+    for x in [*network.parameters(), *network.buffers()]:
+        fake = torch.empty(x.shape, dtype=x.dtype)
+        memo[id(x)] = nn.Parameter(fake, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else fake
+    return copy.deepcopy(network, memo)
+
+
+def _normalise_in_float32(denoiser: nn.Module) -> None:
+    """Make normalisation layers take and give float32, as autocast makes them on GPUs."""
+    for layer in denoiser.modules():
+        if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
+            layer.float()
+            layer.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
+
+
+def upper_bound(backbone: Backbone, module: nn.Module, images: int, resolution: int) -> int:
+    """More bytes than training on `images` pictures at once can take, from the shapes alone: for small models, which need no count.
+
+    Every layer as if it worked on the largest map: four float32 copies of its output channels in the trained module, and of the two
+    widest layers in the autoencoder, which keeps nothing for a backward pass.
+    """
+    channels = sum(p.shape[0] for p in module.parameters() if p.ndim)
+    places = max((resolution // vae_factor(backbone.pipeline)) ** 2, 77)  # of a latent, or tokens of a prompt
+    pixels = resolution**2 * 2 * max(backbone.pipeline.vae.config.block_out_channels)
+    return images * 4 * 4 * max(places * channels, pixels)
