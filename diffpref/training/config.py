@@ -55,7 +55,7 @@ class TrainConfig:
     use_ema: bool = False
     """Keep a moving average of the trained weights; it is what is validated and exported."""
     ema_decay: float = 0.999
-    """Share of the average that stays at each optimizer step; higher averages over more steps."""
+    """Share of the average that stays at each optimizer step, at most (1 + n) / (10 + n) after n steps; higher averages over more."""
 
     train_data_dir: str | None = None
     """Local preference data: a file or folder in one of the forms of docs/data.md."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import io
+import shutil
 from collections.abc import Iterable
 from types import ModuleType
 from typing import Any
@@ -19,6 +20,7 @@ from diffpref.training.config import TrainConfig
 
 _PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_4bit": "torchao", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
 """What an optimizer needs beside torch and transformers."""
+_COMPILERS = ("g++", "gcc", "clang++", "clang", "cl")
 
 
 def check_optimizer(config: TrainConfig) -> list[str]:
@@ -28,6 +30,8 @@ def check_optimizer(config: TrainConfig) -> list[str]:
     """
     if config.optimizer in _PACKAGES:
         _package(config.optimizer)
+    if config.optimizer == "adamw_4bit" and not any(map(shutil.which, _COMPILERS)):
+        raise ValueError("optimizer is adamw_4bit, whose step is compiled, but there is no C compiler; install gcc, or use adamw_8bit")
     if config.optimizer == "schedule_free":
         if not config.lr_scheduler.startswith("constant"):
             raise ValueError(

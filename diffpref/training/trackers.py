@@ -55,7 +55,8 @@ def log_images(accelerator: Accelerator, step: int, images: Mapping[str, Images]
     """Hand pictures uint8 (N, H, W, 3) by name to the trackers that take any; the others are left with the files."""
     for tracker in accelerator.trackers:
         for name, pictures in images.items():
-            _log_images(tracker, step, name, pictures, prompts)
+            if len(pictures):
+                _log_images(tracker, step, name, pictures, prompts)
 
 
 def _log_images(tracker: Any, step: int, name: str, pictures: np.ndarray, prompts: list[str]) -> None:

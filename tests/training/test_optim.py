@@ -99,6 +99,15 @@ def test_a_missing_package_is_named_with_the_remedy(name: str, monkeypatch: pyte
         check_optimizer(config)
 
 
+def test_low_bit_adam_needs_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", sys)
+    monkeypatch.setattr("shutil.which", lambda name: "a compiler" if name == "clang" else None)
+    assert check_optimizer(TrainConfig(optimizer="adamw_4bit")) == []
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.raises(ValueError, match=r"optimizer is adamw_4bit, .* no C compiler; install gcc"):
+        check_optimizer(TrainConfig(optimizer="adamw_4bit"))
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

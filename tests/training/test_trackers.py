@@ -89,6 +89,12 @@ def test_every_tracker_gets_pictures_in_its_own_form() -> None:
     assert [next(iter(values)) for values, _ in made["clearml"].calls] == ["validation/policy/0", "validation/policy/1"]
 
 
+def test_no_pictures_are_not_logged() -> None:
+    tracker = Recorder("tensorboard")
+    log_images(SimpleNamespace(trackers=[tracker]), 7, {"validation/policy": PICTURES[:0]}, [])  # type: ignore[arg-type]
+    assert tracker.calls == []
+
+
 def test_trackers_are_told_the_settings_but_no_secret(tmp_path: Path) -> None:
     told: list[Any] = []
     accelerator = SimpleNamespace(
