@@ -10,128 +10,35 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizerFast
 
-from diffpref import cli
 from diffpref.data.images import decode_image
 from diffpref.data.sampler import PairSampler
 from diffpref.scorers.pickscore import load_pickscore
-from diffpref.testbed.tokenizer import write_tokenizer
 from diffpref.training import reward_loop
 from diffpref.training.reward_config import RewardModelConfig
-from diffpref.training.reward_loop import export, fit, validate
+from diffpref.training.reward_loop import export, validate
 from diffpref.training.reward_model import load_reward_model, preprocessor
 from diffpref.training.reward_run import RewardRun, prepare
 from diffpref.training.run_log import RunLog
 from diffpref.training.stopping import NotFinite, Stopped
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "train_reward_model.py"
+SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "train_reward_model.py"
 SECONDS = 240  # for child processes, on a machine that does other things too
 TEXTS = ("a red circle", "a blue ring", "a green cross")
 
 Settings = dict[str, Any]
-
-
-@pytest.fixture(scope="session")
-def tiny_clip(tmp_path_factory: pytest.TempPathFactory) -> Settings:
-    """Settings of a CLIP of a few thousand parameters for pictures of 16 pixels."""
-    folder = tmp_path_factory.mktemp("clip")
-    tokenizer = write_tokenizer(folder / "tokenizer", "<|endoftext|>")
-    tower = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "projection_dim": 8}
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    text = {"vocab_size": len(tokenizer), "max_position_embeddings": tokenizer.model_max_length, **ids, **tower}
-    config = {"projection_dim": 8, "text_config": text, "vision_config": {"image_size": 16, "patch_size": 8, **tower}}
-    (folder / "config.json").write_text(json.dumps(config))
-    return {"clip_config": str(folder / "config.json"), "tokenizer_name": str(folder / "tokenizer")}
-
-
-def grey(level: int, seed: int) -> bytes:
-    """A PNG of 26 x 20 pixels around one grey level."""
-    import io
-
-    noise = np.random.default_rng(seed).integers(-90, 91, (20, 26, 3))
-    buffer = io.BytesIO()
-    Image.fromarray((level + noise).clip(0, 255).astype(np.uint8)).save(buffer, "PNG")
-    return buffer.getvalue()
-
-
-@pytest.fixture(scope="session")
-def brightness(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """36 pairs whose brighter picture is preferred; the prompts have 3, 1 and 2 of every 6 pairs, and every fifth pair is a tie."""
-    rows = range(36)
-    prompts = [TEXTS[(0, 0, 0, 1, 2, 2)[row % 6]] + ("" if row < 18 else f" {row // 9}") for row in rows]
-    p0 = [0.5 if row % 5 == 4 else float(row % 2) for row in rows]
-    levels = [(135, 115) if p == 1 else (115, 135) if p == 0 else (125, 125) for p in p0]
-    columns = {
-        "caption": prompts,
-        "jpg_0": [grey(a, 2 * row) for row, (a, _) in zip(rows, levels, strict=True)],
-        "jpg_1": [grey(b, 2 * row + 1) for row, (_, b) in zip(rows, levels, strict=True)],
-        "label_0": p0,
-        "label_1": [1 - p for p in p0],
-    }
-    path = tmp_path_factory.mktemp("brightness") / "train.parquet"
-    pq.write_table(pa.table(columns), path)
-    return path
-
-
-@pytest.fixture
-def base(tiny_clip: Settings, brightness: Path, table_cache: Path) -> Settings:
-    """Settings of a run of six updates of four pairs."""
-    return {
-        **tiny_clip,
-        "train_data_dir": str(brightness),
-        "cache_dir": str(table_cache),
-        "check_images": False,
-        "held_out_pairs": 6,
-        "max_train_steps": 6,
-        "train_batch_size": 4,
-        "gradient_accumulation_steps": 1,
-        "learning_rate": 3e-3,
-        "lr_warmup_steps": 2,
-        "validation_steps": 2,
-        "checkpointing_steps": 3,
-        "checkpoints_total_limit": None,
-        "dataloader_num_workers": 2,
-    }
-
-
-@pytest.fixture
-def start(base: Settings, tmp_path: Path) -> Iterator[Callable[..., RewardRun]]:
-    """start(folder name, **settings) -> a run that is ready; its files are closed at the end of the test."""
-    opened: list[RewardRun] = []
-
-    def make(name: str, **settings: Any) -> RewardRun:
-        opened.append(prepare(RewardModelConfig(**base | {"output_dir": str(tmp_path / name)} | settings)))
-        return opened[-1]
-
-    yield make
-    for run in opened:
-        run.log.close()
-
-
-@pytest.fixture
-def go(base: Settings, tmp_path: Path) -> Callable[..., Path]:
-    """go(folder name, **settings) -> the folder of a finished run."""
-
-    def run(name: str, **settings: Any) -> Path:
-        AcceleratorState._reset_state(reset_partial_state=True)  # it would keep the precision of the run before
-        GradientState._reset_state()
-        return fit(RewardModelConfig(**base | {"output_dir": str(tmp_path / name)} | settings)).folder
-
-    return run
 
 
 def state(folder: Path, step: int) -> dict[str, Tensor]:
@@ -345,63 +252,6 @@ def test_updates_that_are_not_finite_end_the_run(go: Callable[..., Path]) -> Non
         go("run", learning_rate=1e30, lr_scheduler="constant", lr_warmup_steps=0, max_train_steps=20, held_out_pairs=0)
 
 
-def broken_row(base: Settings, folder: Path) -> Settings:
-    """One picture is no picture, and nothing is checked at the start."""
-    table = pq.read_table(base["train_data_dir"]).to_pydict()
-    table["jpg_1"][5] = b"no picture"
-    pq.write_table(pa.table(table), folder / "broken.parquet")
-    return {"train_data_dir": str(folder / "broken.parquet"), "held_out_pairs": 0, "max_train_steps": 20}
-
-
-def only_ties(base: Settings, folder: Path) -> Settings:
-    """No pair has a winner."""
-    table = pq.read_table(base["train_data_dir"]).to_pydict()
-    pq.write_table(pa.table(table | {"label_0": [0.5] * 36, "label_1": [0.5] * 36}), folder / "ties.parquet")
-    return {"train_data_dir": str(folder / "ties.parquet")}
-
-
-def pipeline_config(base: Settings, folder: Path) -> Settings:
-    """A configuration of another model."""
-    (folder / "unet.json").write_text('{"sample_size": 8}')
-    return {"clip_config": str(folder / "unet.json")}
-
-
-BAD: dict[str, tuple[Settings | Callable[[Settings, Path], Settings], list[str]]] = {
-    "no model": ({"clip_config": None, "tokenizer_name": None}, ["pretrained_model_name_or_path is None", "give one of them"]),
-    "two models": ({"pretrained_model_name_or_path": "x"}, ["clip_config", "give one of them"]),
-    "no tokenizer": ({"tokenizer_name": None}, ["tokenizer_name is None", "needs both"]),
-    "no data": ({"train_data_dir": None}, ["train_data_dir and dataset_name are both missing"]),
-    "missing model": (
-        {"clip_config": None, "tokenizer_name": None, "pretrained_model_name_or_path": "./nowhere"},
-        ["pretrained_model_name_or_path", "./nowhere"],
-    ),
-    "missing config": ({"clip_config": "./nowhere.json"}, ["clip_config 'nowhere.json' is not a file"]),
-    "another model's config": (pipeline_config, ["unet.json", "has no vision_config"]),
-    "broken picture": (broken_row, ["pair ", "check_images"]),
-    "only ties": (only_ties, ["held_out_pairs is 6", "ties"]),
-    "too many held out": ({"held_out_pairs": 36}, ["held_out_pairs is 36"]),
-    "unknown flag": ({"learning_rat": 1}, ["did you mean learning_rate?"]),
-    "steps": ({"max_train_steps": 0}, ["max_train_steps is 0", "at least 1"]),
-    "validation steps": ({"validation_steps": 0}, ["validation_steps is 0", "at least 1"]),
-    "threads": ({"dataloader_num_workers": 0}, ["dataloader_num_workers is 0", "at least 1"]),
-    "momentum": ({"adam_beta2": 1.0}, ["adam_beta2 is 1.0", "below 1"]),
-    "dtype": ({"export_dtype": "int8"}, ["export_dtype is 'int8'", "float32, float16"]),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_bad_input(case: str, base: Settings, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    change, expected = BAD[case]
-    settings = base | {"output_dir": tmp_path / "run"} | (change(base, tmp_path) if callable(change) else change)
-    words = [word for name, value in settings.items() if value is not None for word in (f"--{name}", str(value).lower())]
-    assert cli.main(["train-reward-model", *words]) == 2
-    line = [line for line in capsys.readouterr().err.splitlines() if line.strip()][-1]
-    assert line.startswith("error: ")
-    for text in expected:
-        assert text in line
-    assert case == "broken picture" or not (tmp_path / "run").exists()
-
-
 def test_a_resume_with_other_data_or_settings_is_refused(go: Callable[..., Path], base: Settings, tmp_path: Path) -> None:
     go("run")
     with pytest.raises(ValueError, match=r"learning_rate: 0\.003 -> 0\.5"):
@@ -417,10 +267,3 @@ def test_a_resume_with_other_data_or_settings_is_refused(go: Callable[..., Path]
     pq.write_table(stored.slice(1), moved)
     with pytest.raises(ValueError, match="holds other pairs than the checkpoint was trained on"):
         go("again", train_data_dir=str(moved), resume_from_checkpoint="checkpoint-3")
-
-
-def test_help_names_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["train-reward-model", "--help"]) == 0
-    text = capsys.readouterr().out
-    assert "--held_out_pairs" in text
-    assert "held_out_pairs  (int, default 500)\n      Pairs kept out" in text
