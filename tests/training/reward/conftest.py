@@ -19,8 +19,6 @@ from diffpref.training.reward_config import RewardModelConfig
 from diffpref.training.reward_loop import fit
 from diffpref.training.reward_run import RewardRun, prepare
 
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "train_reward_model.py"
-SECONDS = 240  # for child processes, on a machine that does other things too
 TEXTS = ("a red circle", "a blue ring", "a green cross")
 
 Settings = dict[str, Any]

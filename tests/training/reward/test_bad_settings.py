@@ -12,10 +12,6 @@ import pytest
 
 from diffpref import cli
 
-SCRIPT = Path(__file__).resolve().parents[3] / "scripts" / "train_reward_model.py"
-SECONDS = 240  # for child processes, on a machine that does other things too
-TEXTS = ("a red circle", "a blue ring", "a green cross")
-
 Settings = dict[str, Any]
 
 
