@@ -240,8 +240,11 @@ def facts(args: argparse.Namespace, run: Run) -> dict[str, Any]:
         "trained_parameters": sum(p.numel() for p in run.trainable.values()),
         "loss": first["loss"],
         "margin": first.get("rewards/margins"),
-        "policy_error": first.get("error/policy_chosen"),
-        "reference_error": first.get("error/reference_chosen"),
+        "errors": {  # of policy and reference before the first update, by picture
+            name.removeprefix("error/reference").strip("_") or "all": (first[name.replace("reference", "policy")], value)
+            for name, value in first.items()
+            if name.startswith("error/reference")
+        },
         "seconds_per_step": [round(args.pairs / line["time/pairs_per_second"], 1) for line in lines],
         "peak_gb": (torch.cuda.max_memory_allocated() if on_gpu else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1e9,
         "estimated_gb": manifest["preflight"]["memory"]["bytes"] / 1e9,
@@ -267,8 +270,9 @@ def checks(found: dict[str, Any]) -> dict[str, bool]:
         "a plain pipeline answers as the trained one": found["difference_after_reloading"] == 0 and found["largest_answer"] > 0,
         "every trained tensor moved": found["unmoved_tensors"] == 0,
     }
-    if found["reference_error"] is not None:
-        held["the policy starts as its reference"] = found["policy_error"] == found["reference_error"] > 0 and not found["margin"]
+    if new_objective(found["method"]).needs_reference:
+        errors = found["errors"].values()
+        held["the policy starts as its reference"] = bool(errors) and all(a == b > 0 for a, b in errors) and not found["margin"]
     if found["method"] == "diffusion_dpo":
         held["the first loss is ln 2"] = abs(found["loss"] - math.log(2)) < 1e-6
     return held

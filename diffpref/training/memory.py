@@ -80,7 +80,10 @@ def remedies(
             return [(neutral, size)]
     found = []
     for change in _alternatives(config, precision, on_gpu):
-        changed = dataclasses.replace(config, **neutral, **change)
+        try:
+            changed = dataclasses.replace(config, **neutral, **change)
+        except ValueError:  # another setting of the run does not go with it
+            continue
         size = needs(changed, _recounted(changed, counts, change))
         if size <= budget:
             found.append(({**neutral, **change}, size))

@@ -136,6 +136,10 @@ def test_then_they_change_what_is_trained() -> None:
     assert advised(lora, LORA, 9) == [{"base_dtype": "bf16", "mixed_precision": "bf16"}]
 
 
+def test_remedies_that_other_settings_forbid_are_not_named() -> None:
+    assert advised(TrainConfig(gradient_checkpointing=True, use_dora=True), LORA, 9) == []
+
+
 def test_remedies_can_be_typed() -> None:
     changes = {"gradient_checkpointing": True, "train_batch_size": 3, "gradient_accumulation_steps": 4, "tune": "lora"}
     flags = as_flags(changes)
