@@ -20,6 +20,7 @@ from diffpref.testbed.pairs import make_pairs
 from diffpref.testbed.prompts import draw_prompts
 from diffpref.testbed.reward import reward
 from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler, sample_parallel
+from diffpref.testbed.scorer import ScorerConfig, build_scorer
 from diffpref.testbed.train_base import train_base
 from diffpref.testbed.train_vae import psnr, refine_decoder, render_set, train_vae
 from diffpref.testbed.world import IMAGE_SIZE, SHAPES, SIZES, render, sample_scenes
@@ -173,6 +174,7 @@ PARTS: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
     "base": (BaseConfig, build_base),
     "pairs": (PairsConfig, build_pairs),
     "ruler": (RulerConfig, build_ruler),
+    "scorer": (ScorerConfig, build_scorer),
     "describe": (DescribeConfig, describe),
     "compare": (CompareConfig, compare_models),
     "results": (ResultsConfig, run_results),

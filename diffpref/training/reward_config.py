@@ -27,13 +27,27 @@ class RewardModelConfig:
     """Dtype of the saved weights."""
 
     train_data_dir: str | None = None
-    """Local preference data: a parquet file, a folder of parquet files or a save_to_disk folder."""
+    """Local preference data: a file or folder in one of the forms of docs/data.md."""
     dataset_name: str | None = None
     """Preference pairs by hub id; give this or train_data_dir."""
+    dataset_config_name: str | None = None
+    """Configuration of a hub data set that has several."""
+    data_format: str = "auto"
+    """Form of a row (pairs, chosen_rejected, votes, ranked, hpd) or of the files (parquet, jsonl, webdataset, folder); auto looks."""
     split: str = "train"
     """Split to train on."""
+    caption_column: str | None = None
+    """Column of the prompts, if it is not found under a known name."""
+    image_0_column: str | None = None
+    """Column of the first image, of the better one for chosen_rejected, or of the list of images."""
+    image_1_column: str | None = None
+    """Column of the second image, or of the worse one."""
+    label_column: str | None = None
+    """Column with the probability that the first image is better, or with the ranks of a list."""
+    ranked_pairs: Literal["all", "best_worst"] = "all"
+    """Which pairs a ranked list of images gives: every pair of different rank, or the best against the worst."""
     cache_dir: str | None = None
-    """Where hub datasets are kept."""
+    """Where hub data sets, copies of parquet files and the results of the image check are kept."""
     max_train_samples: int | None = None
     """Use only the first pairs of the data."""
     held_out_pairs: int = 500
