@@ -246,11 +246,15 @@ def label(argv: list[str]) -> int:
 
 
 def _scorer(spec: str) -> Callable[..., Any]:
-    """A scorer by name or name=weights; the testbed's reward is known here and not to the library."""
+    """A scorer by name or name=weights; those of the testbed are known here and not to the library."""
     if spec == "testbed":
         from diffpref.testbed.reward import reward_of_pictures
 
         return reward_of_pictures
+    if spec == "testbed_pickscore":
+        from diffpref.testbed.scorer import shipped_scorer
+
+        return shipped_scorer()
     import torch
 
     from diffpref.scorers import scorer_from
@@ -259,35 +263,12 @@ def _scorer(spec: str) -> Callable[..., Any]:
 
 
 def train_reward_model(argv: list[str]) -> int:
-    """Fit a reward model to pairs; see diffpref/training/reward_loop.py."""
+    """Fit a reward model to pairs; see diffpref/training/reward_command.py."""
     _die_with_launcher()
     _use_all_cores()
-    from diffpref.training.reward_config import RewardModelConfig
-    from diffpref.training.settings import build, help_text, names_of, parse_flags, read_yaml
+    from diffpref.training.reward_command import train_reward_model as command
 
-    known = [*names_of(RewardModelConfig), "config"]
-    flags = parse_flags(argv, [*known, "help"])
-    if flags.pop("help", False):
-        print(f"usage: diffpref train-reward-model [--config FILE.yaml] [--setting value ...]\n{help_text(RewardModelConfig)}")
-        return 0
-    path = flags.pop("config", None)
-    config = build(RewardModelConfig, {**(read_yaml(path, known) if path else {}), **flags})
-    from diffpref.training.reward_loop import fit
-    from diffpref.training.stopping import NotFinite, Stopped
-
-    _no_loading_bars()
-    try:
-        fitted = fit(config)
-    except Stopped as stop:
-        print(stop, file=sys.stderr, flush=True)
-        return stop.code
-    except NotFinite as problem:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        return 3
-    if fitted.is_main_process:
-        held_out = "" if fitted.accuracy is None else f", held-out accuracy {fitted.accuracy:.3f}"
-        print(f"reward model of step {fitted.step}{held_out}: use it as pickscore={fitted.folder}")
-    return 0
+    return command(argv)
 
 
 def evaluate(argv: list[str]) -> int:

@@ -73,7 +73,7 @@ class EvaluateConfig:
     """Dtype of the networks."""
 
     scorers: tuple[str, ...] = ()
-    """Scorers, as name or name=weights (docs/scorers.md); "testbed" is the testbed's true reward."""
+    """Scorers, as name or name=weights (docs/scorers.md); "testbed" is the testbed's true reward, "testbed_pickscore" its proxy."""
     trained_on: str | None = None
     """Name of the scorer that the aligned models were trained with, if any; the report sets it apart from the others."""
     output_dir: str = "outputs/evaluation"

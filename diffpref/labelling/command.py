@@ -28,7 +28,7 @@ class LabelConfig:
     """Settings of `diffpref label`. Give prompts to make pairs, or data to score existing ones."""
 
     scorers: tuple[str, ...] = ()
-    """Scorers, as name or name=weights; "testbed" is the testbed's true reward."""
+    """Scorers, as name or name=weights; "testbed" is the testbed's true reward, "testbed_pickscore" its proxy."""
     rule: Literal["mean_z", "log_sigmoid", "majority", "win_count", "pareto"] | None = None
     """How several scorers decide; mean_z for new pairs when not given, the human label stays for existing ones."""
     min_margin: float = 0.0

@@ -16,7 +16,7 @@ from torch import Tensor
 from diffpref.scorers.clip_towers import TRANSFORMERS_FILES, VIT_H, VIT_H_REPO, load_clip_model, load_towers
 from diffpref.scorers.preprocessing import ShortestSideCrop
 from diffpref.scorers.scorer import Scorer
-from diffpref.scorers.weights import WeightSource, sha256
+from diffpref.scorers.weights import WeightSource, read_json, sha256
 
 REPO = "yuvalkirstain/PickScore_v1"
 
@@ -38,10 +38,16 @@ def load_pickscore(weights: str | None = None, device: torch.device | str = "cpu
     formula = "exp(logit_scale) * cosine" if scaled else "cosine"
     return Scorer(
         name=name,
-        version="v1",
+        version=version_of(source),
         convention=f"{formula}; Pillow bicubic resize of the shorter side, centre crop; float32",
         checksum=sha256(path),
         preprocessing=ShortestSideCrop(towers.image_size),
         reward=reward,
         device=torch.device(device),
     )
+
+
+def version_of(source: WeightSource) -> str:
+    """v1, unless the weights are those of `diffpref train-reward-model`, which leaves reward_model.json beside them."""
+    own = source.beside(["reward_model.json"])
+    return f"own model, step {read_json(own).get('step')}" if own else "v1"

@@ -28,6 +28,8 @@ from diffpref.evaluation.generate import Images
 from diffpref.evaluation.stats import wilson_interval
 from diffpref.locations import asset, config_file
 from diffpref.scorers.pickscore import load_pickscore
+from diffpref.scorers.scorer import Scorer
+from diffpref.scorers.weights import sha256
 from diffpref.testbed.checker import Reading, read
 from diffpref.testbed.measure import seeds_for
 from diffpref.testbed.pairs import AGREEMENT, judge, pick_a_pic_table, sample_regime, through_jpeg
@@ -37,12 +39,19 @@ from diffpref.testbed.sampling import Sampler, sample_parallel
 from diffpref.testbed.train_vae import to_signal
 from diffpref.testbed.world import render, sample_scenes
 from diffpref.training.reward_config import RewardModelConfig
-from diffpref.training.reward_loop import fit
+from diffpref.training.reward_loop import RESULT_FILE, fit
 from diffpref.training.run_folder import CONFIG_FILE, MANIFEST_FILE, versions, write_json
 from diffpref.training.settings import Settings, build, names_of, read_yaml
 
-MANIFEST = "manifest.json"
-_FILES = ("config.json", "model.safetensors", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json")
+_FILES = (
+    "config.json",
+    "model.safetensors",
+    "preprocessor_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +92,11 @@ class PairedPictures:
     first: np.ndarray  # (N,) index of image 0
     second: np.ndarray  # (N,) index of image 1
     prompts: list[str]  # (N,)
+
+
+def shipped_scorer() -> Scorer:
+    """The reward model that comes with the testbed, under the name `testbed_pickscore`."""
+    return dataclasses.replace(load_pickscore(str(asset("testbed", "scorer"))), name="testbed_pickscore")
 
 
 def sampled(model: str, num_prompts: int, seed: int, num_processes: int) -> PairedPictures:
@@ -192,23 +206,24 @@ def build_scorer(config: ScorerConfig) -> None:
         "pairs": facts | {"fingerprint": run["data"]["fingerprint"], "held_out": run["data"]["held_out_pairs"]},
         "held_out_accuracy": fitted.accuracy,
         "measured": measured,
+        "sha256": sha256(out / "run" / "model.safetensors"),
         "versions": versions(),
     }
     scorer = out / "scorer"
     scorer.mkdir(exist_ok=True)
     for name in _FILES:
         shutil.copy(out / "run" / name, scorer / name)
-    write_json(scorer / MANIFEST, manifest)
+    write_json(scorer / RESULT_FILE, manifest)
     print(json.dumps(measured, indent=1))
 
 
-def measure_scorer(folder: Path, model: str | None, num_prompts: int, num_processes: int) -> Settings:
-    """The scorer on the shipped pairs, none of whose pictures it was trained on, and on samples of the base.
+def measure_scorer(folder: Path, model: str | None, num_prompts: int, num_processes: int, max_pairs: int | None = None) -> Settings:
+    """The scorer on the first `max_pairs` shipped pairs, none of whose pictures it was trained on, and on samples of the base.
 
     ceiling: how often the shipped labels agree with the true reward, the best that any scorer can expect to reach on them.
     """
     scorer = load_pickscore(str(folder))
-    pairs = load_pairs(str(asset("testbed", "pairs")), split="own")
+    pairs = load_pairs(str(asset("testbed", "pairs")), split="own", max_samples=max_pairs)
     rows = [pairs.row(i) for i in range(len(pairs))]
     pictures = [decode_image(data) for row in rows for data in (row.image_0, row.image_1)]
     texts = [prompt for prompt in pairs.prompts for _ in (0, 1)]
@@ -222,7 +237,7 @@ def measure_scorer(folder: Path, model: str | None, num_prompts: int, num_proces
     ):
         right = int((np.sign(wanted) == np.sign(given)).sum())
         found[name] = {"value": right / len(pairs), "interval_95": list(wilson_interval(right, len(pairs)))}
-    found["correlation_of_differences"] = float(np.corrcoef(guess, truth)[0, 1])
+    found["correlation_of_differences"] = _correlation(guess, truth)
     return found | _on_base_samples(folder, model or str(asset("testbed", "pipeline")), num_prompts, num_processes)
 
 
@@ -238,8 +253,18 @@ def _on_base_samples(folder: Path, model: str, num_prompts: int, num_processes: 
     unseen = prompts.unseen
     return {
         "validation_prompts": num_prompts,
-        "correlation_on_base_samples": float(np.corrcoef(scores.ravel(), truth.ravel())[0, 1]),
-        "correlation_on_unseen_scenes": float(np.corrcoef(scores[:, unseen].ravel(), truth[:, unseen].ravel())[0, 1]),
+        "correlation_on_base_samples": _correlation(scores, truth),
+        "correlation_on_unseen_scenes": _correlation(scores[:, unseen], truth[:, unseen]),
         "same_order_of_two_samples": float(same_order[different].mean()),
+        "true_reward_of_the_better_of_two": {
+            "by_chance": float(truth.mean()),
+            "by_the_scorer": float(truth[scores.argmax(0), np.arange(num_prompts)].mean()),
+            "by_the_true_reward": float(truth.max(0).mean()),
+        },
         "mean_and_spread": [float(scores.mean()), float(scores.std())],
     }
+
+
+def _correlation(a: np.ndarray, b: np.ndarray) -> float | None:
+    """Pearson's; None for fewer than three numbers."""
+    return float(np.corrcoef(a.ravel(), b.ravel())[0, 1]) if a.size > 2 else None

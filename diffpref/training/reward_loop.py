@@ -25,6 +25,9 @@ from diffpref.training.reward_run import Best, RewardRun, prepare, save
 from diffpref.training.run_folder import write_json
 from diffpref.training.stopping import MAX_SKIPPED, NotFinite, Stopped, StopSignals
 
+RESULT_FILE = "reward_model.json"
+"""Beside the weights: which step they are of and how they did on the held-out pairs. It marks them as no released scorer."""
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -157,4 +160,4 @@ def export(run: RewardRun, step: int) -> None:
         low, high = wilson_interval(run.best.accuracy * pairs, pairs)
         result |= {"held_out_accuracy": run.best.accuracy, "interval_95": [low, high], "held_out_pairs": pairs}
     save_reward_model(run.model.towers, run.folder, run.config.export_dtype)
-    write_json(run.folder / "reward_model.json", result)
+    write_json(run.folder / RESULT_FILE, result)

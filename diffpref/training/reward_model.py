@@ -24,6 +24,8 @@ from diffpref.scorers.clip_towers import TRANSFORMERS_FILES, VIT_H, VIT_H_REPO, 
 from diffpref.scorers.weights import WeightSource, read_json
 from diffpref.training.reward_config import RewardModelConfig
 
+_SHARD = "20GB"  # one file, as scorers expect it
+
 
 class RewardModel(nn.Module):
     """The towers as one module; calling it scores pairs."""
@@ -76,8 +78,9 @@ def save_reward_model(towers: ClipTowers, folder: Path, dtype: str) -> None:
     hidden = folder / f".tmp-export-{os.getpid()}"
     shutil.rmtree(hidden, ignore_errors=True)
     try:
-        copy.deepcopy(towers.model).to("cpu", getattr(torch, dtype)).save_pretrained(hidden)
+        copy.deepcopy(towers.model).to("cpu", getattr(torch, dtype)).save_pretrained(hidden, max_shard_size=_SHARD)
         towers.tokenizer.save_pretrained(hidden)
+        towers.tokenizer.backend_tokenizer.model.save(str(hidden))  # vocab.json and merges.txt, for transformers before version 5
         (hidden / "preprocessor_config.json").write_text(json.dumps(preprocessor(towers.image_size), indent=2))
         for part in sorted(hidden.iterdir(), key=lambda p: p.name == "model.safetensors"):
             part.replace(folder / part.name)

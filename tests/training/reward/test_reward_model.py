@@ -158,6 +158,7 @@ def test_the_folder_is_a_scorer_for_us_and_for_transformers(go: Callable[..., Pa
     prompts = [row["caption"] for row in rows for _ in (0, 1)]
     scores = load_pickscore(str(folder))(pictures, prompts)
     assert scores.std() > 1e-3
+    assert load_pickscore(str(folder)).record["version"] == "own model, step 6"
 
     config = RewardModelConfig(pretrained_model_name_or_path=str(folder), train_data_dir=str(brightness))
     model = load_reward_model(config, "cpu")
@@ -165,6 +166,9 @@ def test_the_folder_is_a_scorer_for_us_and_for_transformers(go: Callable[..., Pa
     trained = state_without_best(folder, 6)
     assert_same({name: p.detach() for name, p in model.named_parameters()}, trained)
 
+    (folder / "tokenizer.json").rename(folder / "tokenizer.away")  # what is left is the older form
+    assert torch.equal(load_pickscore(str(folder))(pictures, prompts), scores)
+    (folder / "tokenizer.away").rename(folder / "tokenizer.json")
     plain, tokenizer = CLIPModel.from_pretrained(folder), CLIPTokenizerFast.from_pretrained(folder)
     processor = pytest.importorskip("transformers.models.clip.image_processing_pil_clip").CLIPImageProcessorPil.from_pretrained(folder)
     inputs = tokenizer(prompts, padding=True, return_tensors="pt")
