@@ -58,7 +58,8 @@ def _measure(run: Run, batches: Iterator[PreferenceBatch], preflight: Preflight)
     micro_batches = (config.max_train_steps - run.first_step) * config.gradient_accumulation_steps
     hours = micro_batches * (step + (0.0 if config.cache_latents else reading)) / 3600
     preflight.found["probe"] = {"seconds": step, "seconds_reading": reading, "hours": hours}
-    text = f"probe: {step:.2f} s per micro-batch and {reading:.2f} s to read and encode it; about {hours:.1f} h for what is ahead"
+    ahead = f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.0f} min"
+    text = f"probe: {step:.2f} s per micro-batch and {reading:.2f} s to read and encode it; about {ahead} for what is ahead"
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         needed = peak + (0 if run.state.optimizer.state else preflight.optimizer_bytes())  # a resumed optimizer has its state already

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from accelerate import Accelerator
 from torch import nn
 
@@ -16,7 +15,6 @@ from diffpref.training.step_cost import StepCost, step_cost, upper_bound, vae_by
 
 HEAP_ALLOWANCE = 1.4
 """On a CPU activations count this often: the heap of the C library does not give back all that is freed (docs/preflight.md)."""
-AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 PLENTY = 4
 """On a CPU nothing is counted when a loose upper bound fits this often: counting takes half a second or more."""
 
@@ -40,7 +38,7 @@ class RunCosts:
         self.backbone = backbone
         self.module = module
         self.resolution = resolution
-        self.autocast = AUTOCAST[accelerator.mixed_precision]
+        self.autocast = accelerator.mixed_precision != "no"
         self.on_gpu = accelerator.device.type == "cuda"
         self.budget = budget
         self.cache = self._cache(num_pairs) if config.cache_latents else 0
@@ -82,9 +80,8 @@ class RunCosts:
         if key not in self._steps:
             guided = getattr(self.objective.path, "guidance_scale", 1.0) != 1
             groups = (config.train_batch_size * (1 + guided), self.images_per_group)
-            self._steps[key] = step_cost(
-                self.backbone, self.module, groups, self.resolution, self.autocast, checkpointing=key[1], on_gpu=self.on_gpu
-            )
+            how = {"autocast": self.autocast, "checkpointing": key[1], "on_gpu": self.on_gpu}
+            self._steps[key] = step_cost(self.backbone, self.module, groups, self.resolution, **how)
         return self._steps[key]
 
     @property

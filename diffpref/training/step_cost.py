@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -72,14 +73,14 @@ def step_cost(
     module: nn.Module,
     groups: tuple[int, int],
     resolution: int,
-    autocast: torch.dtype | None,
     *,
+    autocast: bool,
     checkpointing: bool,
     on_gpu: bool,
 ) -> StepCost:
     """Cost of a forward and backward pass of the trained module over (G, K) pictures of resolution x resolution pixels.
 
-    on_gpu: count normalisation layers in float32, as autocast computes them on GPUs only.
+    autocast: to 16 bits; bf16 stands for fp16 too. on_gpu: count normalisation layers in float32, as autocast computes them on GPUs only.
     """
     null = backbone.null_prompt()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -89,14 +90,16 @@ def step_cost(
             unet.enable_gradient_checkpointing()
         else:
             unet.disable_gradient_checkpointing()
-        if on_gpu and autocast is not None:
+        kernels = unet.attn_processors.items()  # xformers' saves what torch's does, and runs on GPUs only
+        unet.set_attn_processor({name: AttnProcessor2_0() if isinstance(x, XFormersAttnProcessor) else x for name, x in kernels})
+        if on_gpu and autocast:
             _normalise_in_float32(network)
         side = resolution // vae_factor(backbone.pipeline)
         x_t = torch.empty(*groups, unet.config.in_channels, side, side)
-        cond = null.map(lambda x: torch.empty(groups[0], *x.shape[1:], dtype=x.dtype))
+        cond = null.map(lambda x: torch.empty(groups[0], *x.shape[1:], dtype=torch.bfloat16 if x.dtype == torch.float16 else x.dtype))
         times = torch.empty(*groups, 6) if backbone.uses_time_ids else None
         counter = Counter(network)
-        with counter, torch.autocast("cpu", autocast or torch.bfloat16, enabled=autocast is not None):
+        with counter, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             cond = _encoded(network, cond, checkpointing).map(lambda x: x.expand(-1, groups[1], *x.shape[2:]))
             predict = FAMILIES[backbone.family].predictor(unet)
             prediction = predict(x_t, torch.zeros(groups, dtype=torch.int64), replace(cond, time_ids=times))
@@ -132,7 +135,7 @@ def without_memory(network: Any) -> Any:
     """A copy of a network that shares nothing with it and holds fake tensors; for use inside FakeTensorMode."""
     memo: dict[int, Any] = {}
     for x in [*network.parameters(), *network.buffers()]:
-        fake = torch.empty(x.shape, dtype=x.dtype)
+        fake = torch.empty(x.shape, dtype=torch.bfloat16 if x.dtype == torch.float16 else x.dtype)  # not all CPU kernels know fp16
         memo[id(x)] = nn.Parameter(fake, requires_grad=x.requires_grad) if isinstance(x, nn.Parameter) else fake
     return copy.deepcopy(network, memo)
 

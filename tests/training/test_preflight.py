@@ -31,7 +31,7 @@ State = Callable[[Path, int], dict[str, Tensor]]
 def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """memory(bytes) -> runs of this test find so much memory; a pair takes 1 GB of it, a quarter of that with checkpointing."""
 
-    def cost(backbone: Backbone, module: Any, groups: tuple[int, int], *args: Any, checkpointing: bool, on_gpu: bool) -> StepCost:
+    def cost(backbone: Backbone, module: Any, groups: tuple[int, int], side: int, checkpointing: bool, **_: bool) -> StepCost:
         return StepCost(activations=int(groups[0] * (0.25 if checkpointing else 1) * GB), forward_flops=1, flops=3)
 
     def give(size: float) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers.models.attention_processor import XFormersAttnProcessor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -64,7 +65,7 @@ def test_the_count_is_that_of_a_real_pass(
 ) -> None:
     backbone, module = loaded(request.getfixturevalue(f"{family}_folder"), gradient_checkpointing=checkpointing, **settings)
     before = {name: p.detach().clone() for name, p in module.named_parameters()}
-    cost = step_cost(backbone, module, (3, 2), 32, None, checkpointing=checkpointing, on_gpu=False)
+    cost = step_cost(backbone, module, (3, 2), 32, autocast=False, checkpointing=checkpointing, on_gpu=False)
     assert all(p.grad is None and torch.equal(p, before[name]) for name, p in module.named_parameters())
     assert not backbone.denoiser.is_gradient_checkpointing
     if checkpointing:
@@ -86,7 +87,7 @@ def test_the_count_is_that_of_a_real_pass(
 
 def test_checkpointing_saves_memory_and_costs_arithmetic(sdxl_folder: Path) -> None:
     backbone, module = loaded(sdxl_folder)
-    plain, again = (step_cost(backbone, module, (8, 2), 64, None, checkpointing=c, on_gpu=False) for c in (False, True))
+    plain, again = (step_cost(backbone, module, (8, 2), 64, autocast=False, checkpointing=c, on_gpu=False) for c in (False, True))
     assert again.activations < 0.7 * plain.activations
     assert again.forward_flops == plain.forward_flops
     assert plain.flops < again.flops < plain.flops + plain.forward_flops
@@ -94,12 +95,28 @@ def test_checkpointing_saves_memory_and_costs_arithmetic(sdxl_folder: Path) -> N
 
 def test_autocast_halves_activations_and_gpus_normalise_in_float32(sd_folder: Path) -> None:
     backbone, module = loaded(sd_folder)
-    single = step_cost(backbone, module, (8, 2), 64, None, checkpointing=False, on_gpu=False)
-    half = step_cost(backbone, module, (8, 2), 64, torch.bfloat16, checkpointing=False, on_gpu=False)
-    on_gpu = step_cost(backbone, module, (8, 2), 64, torch.bfloat16, checkpointing=False, on_gpu=True)
+    single = step_cost(backbone, module, (8, 2), 64, autocast=False, checkpointing=False, on_gpu=False)
+    half = step_cost(backbone, module, (8, 2), 64, autocast=True, checkpointing=False, on_gpu=False)
+    on_gpu = step_cost(backbone, module, (8, 2), 64, autocast=True, checkpointing=False, on_gpu=True)
     assert 0.4 * single.activations < half.activations < 0.7 * single.activations
     assert 1.2 * half.activations < on_gpu.activations < single.activations
     assert {p.dtype for p in module.parameters()} == {torch.float32}
+
+
+def test_kernels_and_dtypes_of_gpus_are_counted_on_any_machine(sd_folder: Path) -> None:
+    how = {"autocast": True, "checkpointing": False, "on_gpu": False}
+    backbone, module = loaded(sd_folder)
+    expected = step_cost(backbone, module, (2, 2), 32, **how)
+    backbone.denoiser.set_attn_processor(XFormersAttnProcessor())
+    assert step_cost(backbone, module, (2, 2), 32, **how) == expected
+    assert {type(x) for x in backbone.denoiser.attn_processors.values()} == {XFormersAttnProcessor}
+    costs = []
+    for dtype in (torch.bfloat16, torch.float16):
+        for p in module.parameters():
+            p.data = p.data if p.requires_grad else p.data.to(dtype)
+        costs.append(step_cost(backbone, module, (2, 2), 32, **how))
+    assert costs[0] == costs[1]
+    assert costs[0].activations < expected.activations  # no casts of the frozen weights
 
 
 @pytest.mark.parametrize("decode", [False, True])
@@ -130,5 +147,5 @@ def test_the_upper_bound_is_above_everything(family: str, settings: dict[str, An
     vae = backbone.pipeline.vae
     for pairs, side in ((1, 16), (4, 128)):
         bound = upper_bound(backbone, module, 2 * pairs, side)
-        cost = step_cost(backbone, module, (pairs, 2), side, None, checkpointing=False, on_gpu=False)
+        cost = step_cost(backbone, module, (pairs, 2), side, autocast=False, checkpointing=False, on_gpu=False)
         assert bound > 1.4 * max(cost.activations, vae_bytes(vae, 2 * pairs, side), vae_bytes(vae, 2 * pairs, side, decode=True))
