@@ -88,8 +88,27 @@ def restyle(image: np.ndarray) -> np.ndarray:
     return np.asarray(muted.filter(ImageFilter.GaussianBlur(0.8)))
 
 
+def rank_all(scores: np.ndarray, temperature: float, tie_width: float, seed: int) -> np.ndarray:
+    """Ranks (C, N) of each prompt's candidates by the same judge, 1 is best: scores (C, N) plus Gumbel noise of `temperature`.
+
+    That is a Plackett-Luce ranking: any two candidates are ordered as `judge` orders a pair. Neighbours in the order whose true
+    scores differ by at most `tie_width` share a rank; 0 for no ties.
+    """
+    draws = np.array([[uniform(seed, "list_judge", i, k) for i in range(scores.shape[1])] for k in range(len(scores))])
+    seen = scores - temperature * np.log(-np.log(np.clip(draws, 1e-12, 1 - 1e-12)))
+    order = np.argsort(-seen, axis=0, kind="stable")
+    gaps = np.abs(np.diff(np.take_along_axis(scores, order, 0), axis=0))
+    is_new = np.concatenate([np.ones((1, scores.shape[1]), bool), (gaps > tie_width) | (tie_width == 0)])
+    ranks = np.empty(scores.shape, dtype=np.int64)
+    np.put_along_axis(ranks, order, np.cumsum(is_new, 0), 0)
+    return ranks
+
+
 def make_pairs(regime: str, model: str, num_pairs: int, seed: int, num_processes: int, out: Path) -> dict[str, float]:
-    """Sample, label and write `out`/<regime>.parquet; returns what the set is like."""
+    """Sample, label and write `out`/<regime>.parquet and `out`/<regime>_lists.parquet; returns what the pairs are like.
+
+    The second file holds all candidates of each prompt with their ranks by the same judge.
+    """
     prompts = draw_prompts("pairs", num_pairs).texts
     candidates = [through_jpeg(images) for images in sample_regime(regime, model, prompts, seed, num_processes)]
     scores = np.stack([reward(images, prompts) for images, _ in candidates])
@@ -101,6 +120,10 @@ def make_pairs(regime: str, model: str, num_pairs: int, seed: int, num_processes
     model_name = "testbed-base" if regime != "mismatch" else "testbed-base-4-steps-restyled"
     table = pick_a_pic_table(prompts, encoded_0, encoded_1, labels.p0, seed, model_name)
     pq.write_table(table, out / f"{regime}.parquet", compression="zstd")
+    tied = np.abs(difference[labels.p0 == 0.5])
+    ranks = rank_all(scores, labels.temperature, float(tied.max()) if len(tied) else 0.0, seed)
+    lists = ranked_table(prompts, [data for _, data in candidates], ranks, seed, model_name)
+    pq.write_table(lists, out / f"{regime}_lists.parquet", compression="zstd")
     return {
         "pairs": float(num_pairs),
         "ties": float((labels.p0 == 0.5).sum()),
@@ -118,6 +141,21 @@ def through_jpeg(images: Images) -> tuple[Images, list[bytes]]:
         Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
         encoded.append(buffer.getvalue())
     return np.stack([np.asarray(Image.open(io.BytesIO(data))) for data in encoded]), encoded
+
+
+def ranked_table(prompts: list[str], encoded: list[list[bytes]], ranks: np.ndarray, seed: int, model: str) -> pa.Table:
+    """Ranked lists: a row per prompt with its pictures, encoded (C of N), and their ranks (C, N)."""
+    rows = range(len(prompts))
+    return pa.table(
+        {
+            "prompt": prompts,
+            "images": pa.array([[data[i] for data in encoded] for i in rows], pa.list_(pa.binary())),
+            "ranks": pa.array(ranks.T.tolist(), pa.list_(pa.int64())),
+            "models": pa.array([[model] * len(encoded) for _ in rows], pa.list_(pa.string())),
+            "ranking_id": pa.array([f"tb{seed}-{i:05d}" for i in rows], pa.string()),
+            "user_id": pa.array([int(uniform(seed, "user", i) * NUM_USERS) for i in rows], pa.int64()),
+        }
+    )
 
 
 def pick_a_pic_table(prompts: list[str], encoded_0: list[bytes], encoded_1: list[bytes], p0: np.ndarray, seed: int, model: str) -> pa.Table:
