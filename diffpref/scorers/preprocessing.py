@@ -43,11 +43,11 @@ class ShortestSideCrop:
 
     def image(self, image: Image.Image) -> Tensor:
         """See Preprocessing. Raises ValueError for an image so long that its resized form would exceed MAX_PIXELS."""
-        image = image if self.torchvision else image.convert("RGB")
+        image = image if self.torchvision else _rgb(image)
         width, height = self._resized(*image.size)
         left, top = self._offset(width), self._offset(height)
         image = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + self.size, top + self.size))
-        return _to_tensor(image.convert("RGB"))
+        return _to_tensor(_rgb(image))
 
     def pixels(self, pixels: Tensor) -> Tensor:
         """See Preprocessing; values stay in [0, 1], as they do in an 8-bit image."""
@@ -78,7 +78,7 @@ class LongestSidePad:
 
     def image(self, image: Image.Image) -> Tensor:
         """See Preprocessing."""
-        return self.pixels(_to_tensor(image.convert("RGB"))[None].float() / 255)[0]
+        return self.pixels(_to_tensor(_rgb(image))[None].float() / 255)[0]
 
     def pixels(self, pixels: Tensor) -> Tensor:
         """See Preprocessing; the overshoot of the bicubic kernel beyond [0, 1] is kept, as in the release."""
@@ -91,9 +91,15 @@ class LongestSidePad:
 
 def normalise(pixels: Tensor) -> Tensor:
     """(N, 3, S, S), uint8 or float in [0, 1], to what the vision towers take: float32, about zero mean and unit spread."""
-    scaled = pixels.float() / 255 if pixels.dtype == torch.uint8 else pixels.float()
     mean, std = (torch.tensor(values, device=pixels.device)[:, None, None] for values in (_MEAN, _STD))
-    return (scaled - mean) / std
+    if pixels.dtype == torch.uint8:  # in place, in the same order: a third of the time
+        return pixels.float().div_(255).sub_(mean).div_(std)
+    return (pixels.float() - mean) / std
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """The image in RGB; Pillow's convert copies one that is already."""
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def _to_tensor(image: Image.Image) -> Tensor:
