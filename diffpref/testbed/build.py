@@ -14,10 +14,11 @@ from diffusers import AutoencoderKL
 from diffpref.evaluation.generate import as_rows, contact_sheet
 from diffpref.locations import asset
 from diffpref.testbed.demo import CompareConfig, compare_models
-from diffpref.testbed.leaderboard import ResultsConfig, run_results
+from diffpref.testbed.leaderboard import LeaderboardConfig, run_leaderboard
 from diffpref.testbed.measure import Ruler, fingerprint, measure, seeds_for, shares
 from diffpref.testbed.pairs import make_pairs
 from diffpref.testbed.prompts import draw_prompts
+from diffpref.testbed.results import ResultsConfig, run_results
 from diffpref.testbed.reward import reward
 from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler, sample_parallel
 from diffpref.testbed.scorer import ScorerConfig, build_scorer
@@ -178,4 +179,5 @@ PARTS: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
     "describe": (DescribeConfig, describe),
     "compare": (CompareConfig, compare_models),
     "results": (ResultsConfig, run_results),
+    "leaderboard": (LeaderboardConfig, run_leaderboard),
 }

@@ -1,271 +1,311 @@
-"""`diffpref testbed results`: methods, seeds and controls trained alike and measured on the test prompts.
+"""`diffpref testbed leaderboard`: every method under one protocol (configs/testbed/leaderboard.yaml, docs/leaderboard.md).
 
-Every run takes the settings of configs/testbed/<method>[_full].yaml and changes only seed and labels. Settings and untrained
-baselines were chosen on the validation prompts.
+Every run leaves one small file with the scores of its pictures; a run whose file is there is not repeated, so that the command
+can be stopped and continued at any time, also on another machine. Tables are made from the files alone (standings.py).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import multiprocessing
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
-from diffpref.evaluation.stats import count_wins, wilson_interval
+from diffpref.evaluation.stats import count_wins
 from diffpref.locations import asset
-from diffpref.testbed.measure import FILTERS, Measured, apply_filter, comparison, fingerprint, measure, seeds_for, shipped_ruler
+from diffpref.testbed.cost import update_cost
+from diffpref.testbed.labellings import labelled_data
+from diffpref.testbed.measure import Measured, diversity, fingerprint, measure, seeds_for, shares, shipped_ruler
 from diffpref.testbed.prompts import draw_prompts
-from diffpref.testbed.recipe import read_recipe
-from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler, sample_parallel
+from diffpref.testbed.protocol import Protocol, Run, load_protocol
+from diffpref.testbed.results import run_untrained
+from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler
+from diffpref.testbed.scorer import shipped_scorer
+from diffpref.testbed.standings import write_standings
 from diffpref.training.align import align
 from diffpref.training.config import TrainConfig
-from diffpref.training.objective import build_objective
-from diffpref.training.settings import build, names_of
+from diffpref.training.objective import Objective, build_objective
+from diffpref.training.run_folder import write_json
+from diffpref.training.settings import Settings, build, names_of
 
-LABELS = {"true": 0.0, "shuffled": 0.5, "inverted": 1.0}
-"""label_noise_prob of the three labellings."""
-GUIDANCE_GRID = (2.0, 3.0, 4.5, 6.0, 8.0)
-STEPS_GRID = (16, 32)
+CHOICE_SAMPLE = 50
+"""Which seeds the pictures of validation prompts have (measure.seeds_for); those of test prompts are sample 0."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class ResultsConfig:
-    """Settings of `diffpref testbed results`."""
+class LeaderboardConfig:
+    """Settings of `diffpref testbed leaderboard`."""
 
-    out: str = "outputs/testbed/results"
-    """Folder of the runs and of results.json."""
-    recipes: tuple[str, ...] = ("diffusion_dpo", "diffusion_dpo_full", "sft", "sft_full")
-    """Files of configs/testbed to run, without .yaml."""
-    seeds: tuple[int, ...] = (0, 1, 2)
-    """Training seeds with true labels."""
-    control_seeds: tuple[int, ...] = (0,)
-    """Training seeds of the controls: shuffled and inverted labels, and SFT."""
-    max_train_steps: int | None = None
-    """Another number of steps than the recipe's, for a trial."""
-    num_prompts: int = 500
-    """Prompts of the measurement."""
-    purpose: str = "test"
-    """test for reported numbers, validation for choosing settings."""
+    out: str = "outputs/testbed/leaderboard"
+    """Folder of the data and of runs at work."""
+    results: str = "outputs/testbed/leaderboard/results"
+    """Folder of one small file per run, and of the tables; runs whose file is there are not repeated."""
+    methods: tuple[str, ...] = ()
+    """Only these methods of the protocol; all of them when not given."""
     processes: int = 2
     """Runs at a time, one thread each."""
+    only_tables: bool = False
+    """Train nothing: make the tables of the runs that are there."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """One training run and its measurement."""
+class Work:
+    """What a process needs to do a run."""
 
-    recipe: str
-    labels: str
-    seed: int
-    config: ResultsConfig
-
-    @property
-    def name(self) -> str:
-        """Folder and table name."""
-        return f"{self.recipe}-{self.labels}-{self.seed}"
-
-
-def run_results(config: ResultsConfig) -> None:
-    """Run every job that has no result yet, then write results.json and print the table."""
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    jobs = [Job(r, "true", s, config) for r in config.recipes for s in (config.seeds if not r.startswith("sft") else config.control_seeds)]
-    for labels in ("inverted", "shuffled"):
-        jobs += [Job(r, labels, s, config) for r in config.recipes if not r.startswith("sft") for s in config.control_seeds]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(config.processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for name in pool.map(run_job, [job for job in jobs if not is_done(job)]):
-            print(f"{name}: done", flush=True)
-    base = measure_base(config)
-    rows = [row_of(job, base) for job in jobs]
-    untrained = run_untrained(config, base)
-    result = {
-        "date": time.strftime("%Y-%m-%d"),
-        "model": fingerprint(asset("testbed", "pipeline")),
-        "num_prompts": config.num_prompts,
-        "untrained": untrained,
-        "runs": rows,
-        "clean_effects": clean_effects(rows),
-        "controls": controls(rows, untrained),
-    }
-    (out / "results.json").write_text(json.dumps(result, indent=1))
-    print(markdown(rows, untrained))
-    print(json.dumps(result["clean_effects"], indent=1))
+    run: Run
+    settings: dict[str, Any]  # of the training, method and path
+    updates: int
+    data: str
+    out: str
+    results: str
+    choice_prompts: int
+    test_prompts: int
+    pairs: int
+    pictures_per_update: int
+    version: int
 
 
-def measure_base(config: ResultsConfig) -> Measured:
-    """The base model on the prompts of the measurement."""
-    texts = draw_prompts(config.purpose, config.num_prompts).texts  # type: ignore[arg-type]
-    sampler = Sampler(str(asset("testbed", "pipeline")))
-    return measure(sample_parallel(sampler, texts, seeds_for(len(texts)), config.processes), texts)
+def run_leaderboard(config: LeaderboardConfig, protocol: Protocol | None = None) -> None:
+    """Do every run of the protocol (the shipped one) that has no result yet, then write the tables."""
+    protocol = protocol or load_protocol()
+    for name in config.methods:
+        if name not in protocol.entries:
+            raise ValueError(f"methods has {name!r}; accepted: {', '.join(protocol.entries)}")
+    results = Path(config.results)
+    results.mkdir(parents=True, exist_ok=True)
+    if not config.only_tables:
+        _prepare(config, protocol)
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(config.processes, context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            for method in config.methods or protocol.entries:
+                _run_method(method, config, protocol, pool)
+    write_standings(results, protocol)
 
 
-def recipe_of(job: Job) -> dict[str, Any]:
-    """The settings of a job."""
-    config = job.config
-    recipe = read_recipe(job.recipe)
-    recipe |= {
-        "output_dir": str(Path(config.out) / job.name),
-        "seed": job.seed,
-        "label_noise_prob": LABELS[job.labels],
-        "resume_from_checkpoint": "latest",
-        "validation_steps": None,
-        "merge_lora": recipe["tune"] == "lora",
-    }
-    return recipe | ({"max_train_steps": config.max_train_steps} if config.max_train_steps else {})
-
-
-def key_of(job: Job) -> dict[str, Any]:
-    """What a stored row must agree with to be used again: settings, base model, prompts."""
-    hidden = ("pretrained_model_name_or_path", "train_data_dir", "output_dir")
-    settings = {name: value for name, value in recipe_of(job).items() if name not in hidden}
+def _prepare(config: LeaderboardConfig, protocol: Protocol) -> None:
+    """What all runs share: the base model's pictures, and the tricks that need no training."""
+    results = Path(config.results)
+    path = results / "base.json"
     model = fingerprint(asset("testbed", "pipeline"))
-    return {"settings": settings, "model": model, "purpose": job.config.purpose, "num_prompts": job.config.num_prompts}
+    if not path.exists():
+        found: dict[str, Any] = {"model": model}
+        for purpose in ("validation", "test"):
+            found[purpose] = summary(base_pictures(config.out, purpose, _count(protocol, purpose)))
+        write_json(path, found)
+    elif (stored := json.loads(path.read_text())["model"]) != model:
+        raise ValueError(f"results {config.results!r} belong to base model {stored}, this one is {model}; use another folder")
+    if not (results / "untrained.json").exists():
+        base = base_pictures(config.out, "test", protocol.test_prompts)
+        ruler = shipped_ruler(str(asset("testbed", "pipeline")), STEPS, GUIDANCE, protocol.test_prompts)
+        write_json(results / "untrained.json", run_untrained(base, config.processes, ruler, protocol.choice_prompts))
 
 
-def is_done(job: Job) -> bool:
-    """Whether an earlier call trained this job and drew its pictures under the same key."""
-    path = Path(job.config.out) / f"{job.name}.json"
-    return path.exists() and json.loads(path.read_text())["key"] == json.loads(json.dumps(key_of(job)))
+def _count(protocol: Protocol, purpose: str) -> int:
+    return protocol.test_prompts if purpose == "test" else protocol.choice_prompts
 
 
-def run_job(job: Job) -> str:
-    """Train, export and draw the test prompts; pictures go to <name>.npz, what was done to <name>.json."""
-    config, recipe, out = job.config, recipe_of(job), Path(job.config.out)
-    objective = build_objective(recipe["method"], recipe)
-    settings = build(TrainConfig, {k: v for k, v in recipe.items() if k in names_of(TrainConfig)})
-    shutil.rmtree(out / job.name, ignore_errors=True)
-    cpu = time.process_time()
-    run = align(settings, objective)
-    done = {"seconds_training": run.timings["training"], "cpu_seconds": time.process_time() - cpu, "key": key_of(job)}
-    texts = draw_prompts(config.purpose, config.num_prompts).texts  # type: ignore[arg-type]
-    np.savez_compressed(out / f"{job.name}.npz", images=Sampler(str(run.folder))(texts, seeds_for(len(texts))))
-    (out / f"{job.name}.json").write_text(json.dumps(done, indent=1))
-    return job.name
+def _run_method(method: str, config: LeaderboardConfig, protocol: Protocol, pool: ProcessPoolExecutor) -> None:
+    """Cost, choice of a setting, and the reported runs of one method."""
+    results = Path(config.results)
+    for name in dict.fromkeys(("diffusion_dpo", method)):
+        path = results / f"{name}-cost.json"
+        if not path.exists():
+            _data_of(config, protocol, name, "own", "given")
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as fresh:  # whose peak of memory is its own
+                work = _work(protocol.choices(name)[0], config, protocol, {}, None)
+                write_json(path, fresh.submit(cost_of, work).result())
+    ratio = time_ratio(results, method)
+    has_time_budget = not protocol.entries[method].is_variant and abs(ratio - 1) >= protocol.smallest_time_difference
+    _do([_work(run, config, protocol, protocol.entries[method].grid[run.setting or 0], None) for run in protocol.choices(method)], pool)
+    chosen = protocol.entries[method].grid[choose(results, method, protocol)]
+    _do([_work(run, config, protocol, chosen, ratio) for run in protocol.runs(method, has_time_budget)], pool)
 
 
-def row_of(job: Job, base: Measured) -> dict[str, Any]:
-    """Measure the pictures of a finished job against the base's."""
-    config, out = job.config, Path(job.config.out)
-    after = measure(np.load(out / f"{job.name}.npz")["images"], base.prompts)
-    row: dict[str, Any] = {"name": job.name, "recipe": job.recipe, "labels": job.labels, "seed": job.seed}
-    row |= json.loads((out / f"{job.name}.json").read_text()) | comparison(base, after, ruler(config))
-    unseen = draw_prompts(config.purpose, config.num_prompts).unseen  # type: ignore[arg-type]
-    wins, num_unseen = count_wins(base.score[unseen], after.score[unseen])
-    return row | {"win_rate_unseen": wins / num_unseen, "num_unseen": num_unseen}
+def _do(works: Iterable[Work], pool: ProcessPoolExecutor) -> None:
+    waiting = [work for work in works if not is_done(work)]
+    for name in pool.map(do_run, waiting):
+        print(f"{time.strftime('%H:%M:%S')} {name}", flush=True)
 
 
-def ruler(config: ResultsConfig) -> np.ndarray | None:
-    """The shipped ruler, which is of the test prompts."""
-    return shipped_ruler(str(asset("testbed", "pipeline")), STEPS, GUIDANCE, config.num_prompts) if config.purpose == "test" else None
-
-
-def run_untrained(config: ResultsConfig, base: Measured) -> dict[str, Any]:
-    """Best pixel filter and best guidance x steps on the validation prompts, then measured on these."""
+def _data_of(config: LeaderboardConfig, protocol: Protocol, method: str, regime: str, labels: str) -> Path:
     model = str(asset("testbed", "pipeline"))
-    texts = draw_prompts("validation", 200).texts
-    seeds = seeds_for(len(texts), 50)
-    start = measure(sample_parallel(Sampler(model), texts, seeds, config.processes), texts)
-    filters = {name: _win_rate(start, measure(apply_filter(name, start.images), texts)) for name in FILTERS}
-    best_filter = max(filters, key=filters.__getitem__)
-    settings = {}
-    for steps in STEPS_GRID:
-        for guidance in GUIDANCE_GRID:
-            if (steps, guidance) != (STEPS, GUIDANCE):
-                images = sample_parallel(Sampler(model, None, steps, guidance), texts, seeds, config.processes)
-                settings[f"{steps} steps, guidance {guidance:g}"] = _win_rate(start, measure(images, texts))
-    best_setting = max(settings, key=settings.__getitem__)
-    steps, guidance = int(best_setting.split()[0]), float(best_setting.split()[-1])
-    again = sample_parallel(Sampler(model, None, steps, guidance), base.prompts, seeds_for(len(base.prompts)), config.processes)
+    kind = protocol.entries[method].data
+    return labelled_data(Path(config.out) / "data", regime, labels, kind, model, protocol.pairs, config.processes)
+
+
+def _work(run: Run, config: LeaderboardConfig, protocol: Protocol, chosen: Settings, ratio: float | None) -> Work:
+    entry = protocol.entries[run.method]
+    groups = protocol.pairs_per_update // (2 if entry.data == "lists" else 1)
+    return Work(
+        run,
+        {**protocol.common, "train_batch_size": groups, **entry.settings, **chosen},
+        protocol.updates_of(run, ratio),
+        str(_data_of(config, protocol, run.method, run.regime, run.labels)),
+        config.out,
+        config.results,
+        protocol.choice_prompts,
+        protocol.test_prompts,
+        protocol.pairs,
+        2 * protocol.pairs_per_update,
+        protocol.version,
+    )
+
+
+def key_of(work: Work) -> Settings:
+    """What a stored result must agree with to stand for this run."""
+    return {"version": work.version, "pairs": work.pairs, "settings": work.settings, "updates": work.updates}
+
+
+def is_done(work: Work) -> bool:
+    """Whether the result is there. Raises ValueError when it is there under another key: a protocol does not change."""
+    path = Path(work.results) / f"{work.run.name}.json"
+    if not path.exists():
+        return False
+    stored = json.loads(path.read_text())["key"]
+    if work.run.budget == "time":  # the cost of an update is measured once, and may be measured again elsewhere
+        return True
+    if stored != json.loads(json.dumps(key_of(work))):
+        raise ValueError(f"{path} was measured with {stored}, the protocol now says {key_of(work)}; use another folder for results")
+    return True
+
+
+def prepared(work: Work, folder: Path, updates: int) -> tuple[TrainConfig, Objective]:
+    """Settings and objective of a run."""
+    settings = work.settings | {
+        "pretrained_model_name_or_path": str(asset("testbed", "pipeline")),
+        "train_data_dir": work.data,
+        "output_dir": str(folder),
+        "max_train_steps": updates,
+        "seed": work.run.seed,
+        "cache_latents": True,
+        "check_images": False,
+        "checkpointing_steps": updates,
+        "checkpoints_total_limit": 1,
+        "validation_steps": updates,
+        "num_validation_images": 1,
+        "merge_lora": True,
+    }
+    config = build(TrainConfig, {name: value for name, value in settings.items() if name in names_of(TrainConfig)})
+    return config, build_objective(work.run.method, settings)
+
+
+def do_run(work: Work) -> str:
+    """Train, draw, measure, and store what the tables need."""
+    folder = Path(work.out) / "runs" / work.run.name
+    shutil.rmtree(folder, ignore_errors=True)
+    start = time.process_time()
+    config, objective = prepared(work, folder, work.updates)
+    align(config, objective)
+    seconds = time.process_time() - start
+    purpose, count = ("validation", work.choice_prompts) if work.run.is_choice else ("test", work.test_prompts)
+    base = base_pictures(work.out, purpose, count)
+    after = measure(Sampler(str(folder))(base.prompts, _seeds(purpose, count)), base.prompts)
+    wins, _ = count_wins(base.score, after.score)
+    found = {
+        "key": key_of(work),
+        "run": {**vars(work.run)},
+        "win_rate": wins / count,
+        "score_difference": float((after.score - base.score).mean()),
+        **summary(after),
+        "diversity": diversity(base, after)["mean"],
+        "picture_change": float(np.sqrt(np.mean((after.images.astype(float) - base.images) ** 2))),
+        "held_out": _held_out(folder),
+        "cpu_seconds": seconds,
+    }
+    if "scorer" in work.run.labels:
+        found["proxy"] = _proxy(base, after)
+    write_json(Path(work.results) / f"{work.run.name}.json", found)
+    shutil.rmtree(folder)
+    return f"{work.run.name}: win rate {wins / count:.3f}, reward {found['score_difference']:+.3f}"
+
+
+def _seeds(purpose: str, count: int) -> list[int]:
+    return seeds_for(count, 0 if purpose == "test" else CHOICE_SAMPLE)
+
+
+@lru_cache(maxsize=2)
+def base_pictures(out: str, purpose: str, count: int) -> Measured:
+    """The base model on the first `count` prompts of a purpose; the pictures are kept in `out`."""
+    path = Path(out) / f"base-{purpose}-{count}.npz"
+    prompts = draw_prompts(purpose, count).texts  # type: ignore[arg-type]
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        images = Sampler(str(asset("testbed", "pipeline")))(prompts, _seeds(purpose, count))
+        hidden = path.with_suffix(".part.npz")
+        np.savez_compressed(hidden, images=images)
+        hidden.replace(path)
+    return measure(np.load(path)["images"], prompts)
+
+
+def summary(measured: Measured) -> dict[str, Any]:
+    """Scores per prompt, their parts, and how the prompts are followed."""
     return {
-        "filter": best_filter,
-        "setting": best_setting,
-        "validation": filters | settings,
-        "filter_result": comparison(base, measure(apply_filter(best_filter, base.images), base.prompts), ruler(config)),
-        "setting_result": comparison(base, measure(again, base.prompts), ruler(config)),
+        "scores": [round(float(x), 4) for x in measured.score],
+        "parts": {name: float(x.mean()) for name, x in measured.parts.items()},
+        "following": shares(measured),
     }
 
 
-def _win_rate(base: Measured, other: Measured) -> float:
-    wins, n = count_wins(base.score, other.score)
-    return wins / n
+def _held_out(folder: Path) -> dict[str, float]:
+    """Accuracy on held-out pairs, and how much better than the reference their pictures are denoised, at the end of the run."""
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    last = [row for row in rows if "eval/implicit_accuracy" in row]
+    names = ("implicit_accuracy", "gain_chosen", "gain_rejected")
+    return {name: last[-1][f"eval/{name}"] for name in names} if last else {}
 
 
-def clean_effects(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Half the difference between true and inverted labels, per recipe: what the labels did, without what training alone does."""
-    found = {}
-    for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        means = {}
-        for labels in ("true", "inverted"):
-            same = [row for row in rows if (row["recipe"], row["labels"]) == (recipe, labels)]
-            if same:
-                means[labels] = {k: float(np.mean([row[k] for row in same])) for k in ("win_rate", "score_difference")}
-        if len(means) == 2:
-            found[recipe] = {k: (means["true"][k] - means["inverted"][k]) / 2 for k in means["true"]}
-    return found
-
-
-def controls(rows: Sequence[dict[str, Any]], untrained: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows for the report's table of controls, runs of one kind pooled."""
-    found = [
-        _control(
-            f"sampling: {untrained['setting']}",
-            [untrained["setting_result"]],
-            "best sampling setting of the validation prompts, no training",
-        )
-    ]
-    notes = {
-        "shuffled": "the same training on random labels: what training does without preferences",
-        "inverted": "the same training on inverted labels: should lose as clearly as the true labels win",
-        "true": "supervised training on the chosen pictures only",
+def _proxy(base: Measured, after: Measured) -> dict[str, float]:
+    """Mean score of the testbed's reward model, before and after."""
+    scorer = shipped_scorer()
+    return {
+        name: float(np.mean(np.asarray(scorer([Image.fromarray(x) for x in seen.images], seen.prompts))))
+        for name, seen in (("base", base), ("aligned", after))
     }
-    for recipe in dict.fromkeys(row["recipe"] for row in rows):
-        for labels in ("shuffled", "inverted") if not recipe.startswith("sft") else ("true",):
-            same = [row for row in rows if row["recipe"] == recipe and row["labels"] == labels]
-            if same:
-                name = LEADERBOARD_NAMES.get(recipe, recipe) + ("" if recipe.startswith("sft") else f", {labels} labels")
-                found.append(_control(name, same, notes[labels]))
+
+
+def cost_of(work: Work) -> Settings:
+    """CPU seconds, network evaluations and memory of an update; for a process of its own."""
+    torch.set_num_threads(1)
+    folder = Path(work.out) / "runs" / f"{work.run.method}-cost"
+
+    def train(updates: int) -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        config, objective = prepared(work, folder, updates)
+        align(_without_validation(config), objective)
+
+    found = update_cost(train, work.pictures_per_update)
+    shutil.rmtree(folder)
     return found
 
 
-LEADERBOARD_NAMES = {
-    "diffusion_dpo": "Diffusion-DPO LoRA",
-    "diffusion_dpo_full": "Diffusion-DPO full",
-    "sft": "SFT LoRA",
-    "sft_full": "SFT full",
-}
+def _without_validation(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, validation_steps=None, held_out_pairs=0, merge_lora=False)
 
 
-def _control(name: str, rows: Sequence[dict[str, Any]], note: str) -> dict[str, Any]:
-    prompts = int(rows[0]["num_prompts"])
-    rate = float(np.mean([row["win_rate"] for row in rows]))
-    low, high = wilson_interval(rate * prompts, prompts)
-    return {"name": name, "win_rate": rate, "low": low, "high": high, "num_prompts": prompts, "note": note, "runs": len(rows)}
+def time_ratio(results: Path, method: str) -> float:
+    """CPU seconds of an update of a method in those of Diffusion-DPO."""
+    seconds = [json.loads((results / f"{name}-cost.json").read_text())["cpu_seconds_per_update"] for name in (method, "diffusion_dpo")]
+    return float(seconds[0] / seconds[1])
 
 
-def markdown(rows: Sequence[dict[str, Any]], untrained: dict[str, Any]) -> str:
-    """The results table, a line per run."""
-    head = "| run | labels | seed | win rate (95 %) | unseen scenes | reward | best-of-N | colour / background / shape / size | diversity |"
-    lines = [head, "|---|---|---|---|---|---|---|---|---|"]
-    for row in rows:
-        lines.append(_line(LEADERBOARD_NAMES.get(row["recipe"], row["recipe"]), row["labels"], str(row["seed"]), row))
-    lines.append(_line(f"filter: {untrained['filter']}", "-", "-", untrained["filter_result"]))
-    lines.append(_line(f"sampling: {untrained['setting']}", "-", "-", untrained["setting_result"]))
-    return "\n".join(lines)
+def choose(results: Path, method: str, protocol: Protocol) -> int:
+    """The setting with the highest mean reward on the validation prompts, of those that keep colours and backgrounds.
 
-
-def _line(name: str, labels: str, seed: str, row: dict[str, Any]) -> str:
-    following = " / ".join(f"{row['prompt_following_aligned'][k]:.3f}" for k in ("colour", "background", "shape", "size"))
-    best = "-" if "best_of_n_equivalent" not in row else f"{'' if row['best_of_n_reached'] else '> '}{row['best_of_n_equivalent']:.1f}"
-    unseen = f"{100 * row['win_rate_unseen']:.1f} %" if "win_rate_unseen" in row else "-"
-    rate = f"{100 * row['win_rate']:.1f} % ({100 * row['win_rate_low']:.1f} to {100 * row['win_rate_high']:.1f})"
-    reward = f"{row['score_base']:.2f} -> {row['score_aligned']:.2f}"
-    return f"| {name} | {labels} | {seed} | {rate} | {unseen} | {reward} | {best} | {following} | {row['diversity']['mean']:.2f} |"
+    When none keeps them, the one that loses least.
+    """
+    base = json.loads((results / "base.json").read_text())["validation"]["following"]
+    rows = [json.loads((results / f"{run.name}.json").read_text()) for run in protocol.choices(method)]
+    losses = [max(base[name] - row["following"][name] for name in ("colour", "background")) for row in rows]
+    kept = [i for i, loss in enumerate(losses) if loss <= protocol.largest_loss_of_following]
+    return max(kept, key=lambda i: rows[i]["score_difference"]) if kept else int(np.argmin(losses))

@@ -6,7 +6,7 @@ import multiprocessing
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ class Sampler:
         return generate(pipeline, prompts, seeds, num_inference_steps=self.steps, guidance_scale=self.guidance, batch_size=BATCH)
 
 
-@cache
+@lru_cache(maxsize=2)  # a process may sample hundreds of models, one after the other
 def _load(model: str, lora: str | None) -> DiffusionPipeline:
     pipeline = load_pipeline(model)
     if lora:
