@@ -238,11 +238,12 @@ def export(argv: list[str]) -> int:
 
 def label(argv: list[str]) -> int:
     """Pairs from scorers; see diffpref/labelling/command.py."""
+    from diffpref.inference.evaluate import load_scorers
     from diffpref.labelling import command
 
     config = _configured(command.LabelConfig, argv, "label")
     _no_loading_bars()
-    return 0 if config is None else command.label(config, {spec.partition("=")[0]: _scorer(spec) for spec in config.scorers})
+    return 0 if config is None else command.label(config, load_scorers(config.scorers, _scorer))
 
 
 def _scorer(spec: str) -> Callable[..., Any]:

@@ -19,10 +19,15 @@
   option(group, "", "all");
   [...new Set(data.rows.map((row) => row.group))].filter(Boolean).forEach((name) => option(group, name, name));
 
-  const difference = (row) => row.scores[model.value][scorer.value] - row.scores[data.base][scorer.value];
+  // NaN where a scorer refused one of the two pictures; such rows come last
+  const difference = (row) => (row.scores[model.value][scorer.value] ?? NaN) - (row.scores[data.base][scorer.value] ?? NaN);
+  const unknownLast = (compare) => (a, b) => {
+    const [x, y] = [difference(a), difference(b)];
+    return Number.isNaN(x) || Number.isNaN(y) ? Number.isNaN(x) - Number.isNaN(y) : compare(x, y);
+  };
   const orders = {
-    best: (a, b) => difference(b) - difference(a),
-    worst: (a, b) => difference(a) - difference(b),
+    best: unknownLast((x, y) => y - x),
+    worst: unknownLast((x, y) => x - y),
     order: (a, b) => a.index - b.index,
   };
   const signed = (x) => (x >= 0 ? "+" : "\u2212") + Math.abs(x).toPrecision(3);
@@ -61,7 +66,7 @@
     const change = difference(row);
     const number = document.createElement("span");
     number.className = change > 0 ? "gain" : change < 0 ? "loss" : "muted";
-    number.textContent = `${scorer.value} ${signed(change)}`;
+    number.textContent = Number.isNaN(change) ? `${scorer.value}: not scored` : `${scorer.value} ${signed(change)}`;
     caption.append(row.prompt, document.createElement("br"), number);
     figure.append(stage, slider, label, caption);
     figure.dataset.difference = change;

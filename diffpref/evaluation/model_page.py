@@ -76,18 +76,9 @@ def render(report: ModelReport, pictures: Pictures, max_pictures: int) -> str:
         f'<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<link rel="icon" href="data:,">\n'
         f"<title>{title}</title>\n<style>{STYLE_SHEET}{_GALLERY_STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<header><h1>{title}</h1><p class="lead">{_summary(report)}</p></header>\n{body}'
+        f'<header><h1>{title}</h1><p class="lead">{html.escape(report.summary())}</p></header>\n{body}'
         f'<footer class="muted">report.json holds the same numbers, scores.parquet every score.</footer>\n</main>\n'
         f"<script>{script}</script>\n</body>\n</html>\n"
-    )
-
-
-def _summary(report: ModelReport) -> str:
-    count, drawing = len(report.prompts.texts), report.drawing
-    few = "" if count >= 500 else f" {count} prompts are few: a win rate is claimed from 500 upwards."
-    return html.escape(
-        f"{count} prompts of {report.prompts.name}, {drawing.pictures_per_prompt} picture(s) per prompt and model, same seeds and starting "
-        f"latents, {drawing.num_inference_steps} steps, guidance {drawing.guidance_scale:g}.{few}"
     )
 
 
@@ -160,7 +151,7 @@ def _gallery(report: ModelReport, pictures: Pictures, max_pictures: int) -> str:
             "prompt": report.prompts.texts[i],
             "group": report.prompts.groups[i],
             "pictures": {name: data_uri(pictures(name, i)) for name in models},
-            "scores": {name: {s: float(x[i, 0]) for s, x in m.scores.items()} for name, m in report.measured.items()},
+            "scores": {name: {s: _score(x[i, 0]) for s, x in m.scores.items()} for name, m in report.measured.items()},
         }
         for i in shown
     ]
@@ -179,6 +170,10 @@ def _gallery(report: ModelReport, pictures: Pictures, max_pictures: int) -> str:
     return parts.section("Pictures", text, f'{controls}{cards}<script type="application/json" id="gallery-data">{payload}</script>')
 
 
+def _score(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
 def _selection_note(shown: int, total: int) -> str:
     return f" {shown} of {total} prompts are shown: those with the largest gains and losses, and others evenly between."
 
@@ -190,7 +185,7 @@ def pick_prompts(report: ModelReport, count: int) -> list[int]:
         return list(range(total))
     first = report.comparisons[0]
     change = report.measured[first.model].scores[first.scorer][:, 0] - report.measured[BASE].scores[first.scorer][:, 0]
-    order = np.argsort(change, kind="stable")
+    order = np.argsort(np.nan_to_num(change), kind="stable")
     quarter = count // 4
     chosen = set(order[:quarter].tolist()) | set(order[total - quarter :].tolist())
     rest = [i for i in range(total) if i not in chosen]

@@ -19,6 +19,8 @@ from diffpref.evaluation.pictures import Measured, diversity, drift
 from diffpref.evaluation.score_table import Comparison, ScoreTable, compare_model, markdown
 from diffpref.evaluation.work import write_text
 
+REJECTED_FILE = "rejected_rows.jsonl"
+"""Entries and pictures that were left out, with the reasons."""
 BASE = "base"
 """Name of the model that the others are compared with."""
 
@@ -63,6 +65,7 @@ class ModelReport:
                     "left_out": self.prompts.rejected,
                 },
                 "pictures_per_prompt": self.drawing.pictures_per_prompt,
+                "rejected_pictures": sum(len(m.problems) for m in self.measured.values()),
                 "settings": self.settings,
                 "models": self.models,
                 "scorers": self.scorers,
@@ -72,21 +75,49 @@ class ModelReport:
             }
         )
 
+    def summary(self) -> str:
+        """What was compared, and what was left out, in a few sentences."""
+        count, drawing = len(self.prompts.texts), self.drawing
+        sentences = [
+            f"{count} prompts of {self.prompts.name} (hash {self.prompts.hash}), {drawing.pictures_per_prompt} picture(s) per prompt and "
+            f"model, same seeds and starting latents, {drawing.num_inference_steps} steps, guidance {drawing.guidance_scale:g}.",
+            *left_out(self.prompts, self.measured),
+        ]
+        if count < 500:
+            sentences.append(f"{count} prompts are few: a win rate is claimed from 500 upwards.")
+        return " ".join(sentences)
+
     def as_markdown(self) -> str:
         """The report as a table for people."""
-        count = len(self.prompts.texts)
-        few = "" if count >= 500 else f" {count} prompts are few: a win rate is claimed from 500 upwards."
         lines = [
             "# Evaluation\n",
-            f"{count} prompts of {self.prompts.name} (hash {self.prompts.hash}), {self.drawing.pictures_per_prompt} picture(s) per prompt "
-            f"and model, same seeds and starting latents, {self.drawing.num_inference_steps} steps, guidance "
-            f"{self.drawing.guidance_scale:g}.{few}\n",
+            f"{self.summary()}\n",
             markdown(self.comparisons),
             "Win: the model's picture scores higher than the base's of the same seed, a tie counts one half; intervals are Wilson's over "
             "prompts. Difference: bootstrap over prompts. p: exact sign test over prompts, corrected over the scorers of a model.\n",
             _statistics_table(self.statistics()),
         ]
         return "\n".join(lines)
+
+
+def left_out(prompts: PromptSet, measured: Mapping[str, Measured]) -> list[str]:
+    """What does not count in the comparisons, as sentences; empty when everything does."""
+    found = []
+    if prompts.rejected:
+        found.append(f"{len(prompts.rejected)} entries of the set hold no prompt and were left out.")
+    if refused := {i for m in measured.values() for i, _ in m.problems}:
+        pictures = sum(len(m.problems) for m in measured.values())
+        found.append(f"{pictures} pictures of {len(refused)} prompts were refused by a scorer; those prompts do not count for it.")
+    return [*found, f"Reasons: {REJECTED_FILE}."] if found else []
+
+
+def rejected_rows(prompts: PromptSet, measured: Mapping[str, Measured]) -> list[dict[str, Any]]:
+    """Everything that was left out, with its reason: entries of the prompt set, then pictures."""
+    rows: list[dict[str, Any]] = [{"prompt_set": prompts.name, "reason": reason} for reason in prompts.rejected]
+    for model, m in measured.items():
+        for (i, k), reason in m.problems.items():
+            rows.append({"model": model, "prompt_index": i, "picture": k, "prompt": prompts.texts[i], "reason": reason})
+    return rows
 
 
 def report_of(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from PIL import Image
@@ -14,9 +14,10 @@ from PIL import Image
 class Measured:
     """Everything that was measured of one model."""
 
-    scores: dict[str, np.ndarray]  # (P, S) each
+    scores: dict[str, np.ndarray]  # (P, S) each; NaN where the scorer refused the picture
     statistics: dict[str, np.ndarray]  # (P, S) each
     thumbnails: np.ndarray  # (P, S, 32, 32, 3) float32 in [0, 1]
+    problems: dict[tuple[int, int], str] = field(default_factory=dict)  # (prompt, picture) -> why a scorer refused it
 
 
 def saturation(image: np.ndarray) -> float:

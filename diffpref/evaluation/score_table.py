@@ -38,7 +38,7 @@ class ScoreTable:
                 "seed": pa.array(self.seeds.ravel(), pa.int64()),
                 "prompt": [self.prompts[i] for i in prompt],
             }
-            rows |= {name: pa.array(x.ravel(), pa.float64()) for name, x in columns.items()}
+            rows |= {name: pa.array(x.ravel(), pa.float64(), from_pandas=True) for name, x in columns.items()}  # NaN: null
             tables.append(pa.table(rows))
         pq.write_table(pa.concat_tables(tables), path, compression="zstd")
 
@@ -73,8 +73,12 @@ def win_shares(base: np.ndarray, model: np.ndarray) -> np.ndarray:
 
 
 def compare_model(model: str, base: Mapping[str, np.ndarray], scores: Mapping[str, np.ndarray]) -> list[Comparison]:
-    """A model against the base with every scorer they share; scores are (P, S) each, intervals are 95 %."""
-    found = {name: _compare(base[name], x) for name, x in scores.items() if name in base}
+    """A model against the base with every scorer they share; scores are (P, S) each, intervals are 95 %.
+
+    A prompt with a picture that a scorer refused (NaN), of the base or of the model, is left out for that scorer. Raises ValueError
+    when none is left.
+    """
+    found = {name: _compare(name, base[name], x) for name, x in scores.items() if name in base}
     corrected = holm({name: float(values["p_value"]) for name, values in found.items()})
     return [
         Comparison(model=model, scorer=name, p_value_holm=corrected[name], **values)  # type: ignore[arg-type]
@@ -82,7 +86,11 @@ def compare_model(model: str, base: Mapping[str, np.ndarray], scores: Mapping[st
     ]
 
 
-def _compare(base: np.ndarray, model: np.ndarray) -> dict[str, float | int]:
+def _compare(name: str, base: np.ndarray, model: np.ndarray) -> dict[str, float | int]:
+    known = (np.isfinite(base) & np.isfinite(model)).all(1)
+    if not known.any():
+        raise ValueError(f"scorer {name!r} refused pictures of all {len(known)} prompts; the reasons are in rejected_rows.jsonl")
+    base, model = base[known], model[known]
     shares = win_shares(base, model)
     low, high = wilson_interval(float(shares.sum()), len(shares))
     difference = paired_bootstrap(model.mean(1) - base.mean(1))

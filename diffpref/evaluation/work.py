@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,20 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+_UNFINISHED = re.compile(r"\..+\.\d+")  # what a process leaves that was killed while it wrote
+
 
 def claim_folder(folder: Path, name: str, settings: Mapping[str, Any], is_main: bool) -> None:
-    """Make an output folder this work's own, with its settings in the file `name`.
+    """Make an output folder this work's own, with its settings in the file `name`; the main process does it, the others must wait.
 
-    Raises ValueError when the folder holds something else, or the same kind of work with other settings.
+    Files that a killed process left half written are removed. Raises ValueError when the folder holds something else, or the same
+    kind of work with other settings.
     """
+    if not is_main:  # it would see a folder half made
+        return
+    for unfinished in folder.rglob(".*"):
+        if _UNFINISHED.fullmatch(unfinished.name) and unfinished.is_file():
+            unfinished.unlink()
     stored = folder / name
     if stored.exists():
         before = json.loads(stored.read_text())
@@ -27,12 +36,11 @@ def claim_folder(folder: Path, name: str, settings: Mapping[str, Any], is_main: 
             )
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ValueError(f"output_dir {str(folder)!r} is not empty and was not begun by this command; choose another output_dir")
-    if is_main:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            write_text(stored, json.dumps(settings, indent=1))
-        except OSError as error:
-            raise ValueError(f"output_dir {str(folder)!r} cannot be written ({error.strerror}); choose another output_dir") from error
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(stored, json.dumps(settings, indent=1))
+    except OSError as error:
+        raise ValueError(f"output_dir {str(folder)!r} cannot be written ({error.strerror}); choose another output_dir") from error
 
 
 def shard_path(folder: Path, kind: str, number: int) -> Path:

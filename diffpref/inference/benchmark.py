@@ -8,9 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import torch
-from accelerate import PartialState
-
 from diffpref.data.prompts import own_prompts
 from diffpref.evaluation.benchmarks import BENCHMARKS
 from diffpref.evaluation.generate import Drawing
@@ -18,6 +15,7 @@ from diffpref.evaluation.work import claim_folder
 from diffpref.inference.checkpoints import Candidate, parse_candidates
 from diffpref.inference.evaluate import BASE, load_candidate
 from diffpref.inference.pictures import draw_missing, picture_path
+from diffpref.inference.processes import sharing_processes
 
 SETTINGS_FILE = "benchmark_settings.json"
 Name = Literal["geneval", "dpg", "t2i_compbench", "hpdv2"]
@@ -85,7 +83,7 @@ def draw(config: BenchmarkConfig) -> int:
     count = config.num_images_per_prompt or benchmark.pictures_per_prompt
     prompts = own_prompts([entry.prompt for entry in entries])
     drawing = Drawing(prompts.texts, count, config.seed, config.num_inference_steps, config.guidance_scale, config.batch_size)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = sharing_processes()
     folder = Path(config.output_dir)
     settings = {
         name: list(v) if isinstance(v, tuple) else v for name, v in vars(config).items() if name not in ("output_dir", "batch_size")

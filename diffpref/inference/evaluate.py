@@ -6,6 +6,7 @@ An interrupted evaluation goes on where it was; processes share the prompts.
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,17 +17,18 @@ from typing import Any, Literal, Protocol
 import diffusers
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffpref.data.prompts import PromptSet, load_prompt_set, own_prompts
 from diffpref.evaluation.generate import Drawing
 from diffpref.evaluation.model_page import write_page
-from diffpref.evaluation.model_report import BASE, ModelReport, report_of, write_data
-from diffpref.evaluation.work import claim_folder
+from diffpref.evaluation.model_report import BASE, REJECTED_FILE, ModelReport, rejected_rows, report_of, write_data
+from diffpref.evaluation.scoring import Score, try_scorers
+from diffpref.evaluation.work import claim_folder, write_text
 from diffpref.inference.checkpoints import Candidate, open_candidate, parse_candidates
-from diffpref.inference.pictures import Score, draw_missing, picture_path, read_measured, score_missing
+from diffpref.inference.pictures import draw_missing, picture_path, read_measured, score_missing
+from diffpref.inference.processes import sharing_processes
 from diffpref.inference.sample import DTYPES, SAMPLERS
 
 SETTINGS_FILE = "evaluation_settings.json"
@@ -103,10 +105,11 @@ def evaluate(config: EvaluateConfig, scorers: Mapping[str, Score], base: str, pr
     pretrained_model_name_or_path. prompts: in place of those of the settings. Raises ValueError for settings, models and scorers
     that cannot work, before the first picture where that can be known.
     """
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = sharing_processes()
     if config.precision == "fp16" and state.device.type == "cpu":
         raise ValueError("precision is fp16, which needs a GPU; on a CPU use fp32 or bf16")
     prompts = prompts or chosen_prompts(config)
+    try_scorers(scorers, prompts.texts)
     candidates = [Candidate(BASE, None), *parse_candidates(config.aligned, config.lora_scales)]
     folder = Path(config.output_dir)
     claim_folder(folder, SETTINGS_FILE, settings_of(config, prompts), state.is_main_process)
@@ -116,6 +119,7 @@ def evaluate(config: EvaluateConfig, scorers: Mapping[str, Score], base: str, pr
     for candidate in candidates:
         load = partial(load_candidate, config, base, candidate, state.device)
         drawn = draw_missing(folder, candidate.name, drawing, load, **place)
+        state.wait_for_everyone()  # a chunk of scores has pictures of several processes
         scored = score_missing(folder, candidate.name, drawing, scorers, **place)
         print(f"{candidate.name}: {drawn} pictures drawn, {scored} parts scored", file=sys.stderr, flush=True)
         if state.device.type == "cuda":
@@ -124,6 +128,7 @@ def evaluate(config: EvaluateConfig, scorers: Mapping[str, Score], base: str, pr
     if not state.is_main_process:
         return None
     measured = {c.name: read_measured(folder, c.name, drawing) for c in candidates}
+    write_text(folder / REJECTED_FILE, "".join(json.dumps(row) + "\n" for row in rejected_rows(prompts, measured)))
     report = report_of(
         settings_of(config, prompts),
         prompts,

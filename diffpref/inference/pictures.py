@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,13 @@ from PIL import Image
 
 from diffpref.evaluation.generate import Drawing, generate
 from diffpref.evaluation.pictures import STATISTICS, Measured, thumbnail
+from diffpref.evaluation.scoring import Score, score_pictures
 from diffpref.evaluation.work import missing_shards, shard_path, write_bytes, write_table
 
 CHUNK = 32
 """Prompts whose scores are stored together."""
 
-Score = Callable[[Any, Sequence[str]], Any]
-"""(list of N RGB pictures, N prompts) -> N scores."""
+_PNG_END = b"IEND\xaeB`\x82"
 
 
 def picture_path(folder: Path, model: str, prompt: int, picture: int) -> Path:
@@ -29,11 +30,21 @@ def picture_path(folder: Path, model: str, prompt: int, picture: int) -> Path:
     return folder / "pictures" / model / f"{prompt:05d}-{picture}.png"
 
 
+def is_drawn(path: Path) -> bool:
+    """Whether a picture is there to its last byte; a disk that lost power may hold less."""
+    try:
+        with path.open("rb") as file:
+            file.seek(-len(_PNG_END), io.SEEK_END)
+            return file.read() == _PNG_END
+    except OSError:  # not there, or shorter than that
+        return False
+
+
 def draw_missing(folder: Path, model: str, drawing: Drawing, load: Callable[[], DiffusionPipeline], rank: int = 0, world: int = 1) -> int:
     """Draw this rank's pictures that are not there yet; the model is loaded only if there are any. Returns their number."""
     seeds = drawing.seeds
     wanted = [(i, k) for i in range(rank, len(drawing.prompts), world) for k in range(drawing.pictures_per_prompt)]
-    missing = [(i, k) for i, k in wanted if not picture_path(folder, model, i, k).exists()]
+    missing = [(i, k) for i, k in wanted if not is_drawn(picture_path(folder, model, i, k))]
     if not missing:
         return 0
     (folder / "pictures" / model).mkdir(parents=True, exist_ok=True)
@@ -57,7 +68,10 @@ def draw_missing(folder: Path, model: str, drawing: Drawing, load: Callable[[], 
 
 
 def score_missing(folder: Path, model: str, drawing: Drawing, scorers: Mapping[str, Score], rank: int = 0, world: int = 1) -> int:
-    """Score this rank's chunks that are not there yet: every picture is read once for all scorers. Returns their number."""
+    """Score this rank's chunks that are not there yet: every picture is read once for all scorers. Returns their number.
+
+    A picture that a scorer refuses has no score from it, and the reason in the column "problem".
+    """
     place = folder / "scores"
     place.mkdir(parents=True, exist_ok=True)
     done = 0
@@ -65,11 +79,13 @@ def score_missing(folder: Path, model: str, drawing: Drawing, scorers: Mapping[s
     for number in missing_shards(place, model, count, rank, world):
         rows = range(number * CHUNK, min((number + 1) * CHUNK, len(drawing.prompts)))
         keys = [(i, k) for i in rows for k in range(drawing.pictures_per_prompt)]
-        images = [Image.open(picture_path(folder, model, i, k)).convert("RGB") for i, k in keys]
-        texts = [drawing.prompts[i] for i, _ in keys]
+        with ThreadPoolExecutor() as pool:
+            images = list(pool.map(_opened, [picture_path(folder, model, i, k) for i, k in keys]))
+        scored = score_pictures(scorers, images, [drawing.prompts[i] for i, _ in keys])
         columns: dict[str, Any] = {"prompt": [i for i, _ in keys], "picture": [k for _, k in keys]}
-        for name, score in scorers.items():
-            columns[f"score/{name}"] = pa.array(checked(name, score(images, texts), len(images)), pa.float64())
+        columns["problem"] = pa.array(scored.problems, pa.string())
+        for name, values in scored.scores.items():
+            columns[f"score/{name}"] = pa.array(values, pa.float64())
         arrays = [np.asarray(image) for image in images]
         for name, statistic in STATISTICS.items():
             columns[f"statistic/{name}"] = pa.array([statistic(image) for image in arrays], pa.float64())
@@ -79,14 +95,11 @@ def score_missing(folder: Path, model: str, drawing: Drawing, scorers: Mapping[s
     return done
 
 
-def checked(name: str, scores: Any, count: int) -> np.ndarray:
-    """Scores (N,) in float64. Raises ValueError when a scorer breaks its contract."""
-    values = np.asarray(scores, dtype=np.float64)
-    if values.shape != (count,):
-        raise ValueError(f"scorer {name!r} returned shape {values.shape} for {count} pictures; it must return ({count},)")
-    if not np.isfinite(values).all():
-        raise ValueError(f"scorer {name!r} gave {int((~np.isfinite(values)).sum())} of {count} pictures a score that is not finite")
-    return values
+def _opened(path: Path) -> Image.Image:
+    try:
+        return Image.open(path).convert("RGB")
+    except (OSError, SyntaxError) as error:
+        raise ValueError(f"picture {path} cannot be read: {error}; delete it and run the command again, which draws it anew") from error
 
 
 def read_measured(folder: Path, model: str, drawing: Drawing) -> Measured:
@@ -105,4 +118,5 @@ def read_measured(folder: Path, model: str, drawing: Drawing) -> Measured:
         {n.removeprefix("score/"): column(n) for n in names if n.startswith("score/")},
         {n.removeprefix("statistic/"): column(n) for n in names if n.startswith("statistic/")},
         small.reshape(*shape, side, side, 3).astype(np.float32) / 255,
+        {divmod(n, shape[1]): text for n, text in enumerate(table.column("problem").to_pylist()) if text},
     )

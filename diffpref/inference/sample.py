@@ -12,11 +12,11 @@ from typing import Literal
 import diffusers
 import numpy as np
 import torch
-from accelerate import PartialState
 from diffusers import DiffusionPipeline
 from PIL import Image
 
 from diffpref.evaluation.generate import as_rows, contact_sheet, generate
+from diffpref.inference.processes import sharing_processes
 from diffpref.locations import asset
 from diffpref.models.lora_file import merge_lora
 from diffpref.models.pipeline import load_pipeline, needs_picture
@@ -99,7 +99,7 @@ class SampleConfig:
 def sample(config: SampleConfig) -> int:
     """Generate and write; each process draws its share, the main process writes the grid."""
     prompts = read_prompts(config)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = sharing_processes()
     if config.precision == "fp16" and state.device.type == "cpu":
         raise ValueError("precision is fp16, which needs a GPU; on a CPU use fp32 or bf16")
     pipeline = load(config).to(state.device, DTYPES[config.precision])

@@ -15,9 +15,9 @@ from typing import Any, Literal
 
 from diffpref.evaluation.model_report import ModelReport
 from diffpref.evaluation.score_table import Comparison
+from diffpref.evaluation.scoring import Score
 from diffpref.evaluation.work import write_text
 from diffpref.inference.evaluate import EvaluateConfig, evaluate
-from diffpref.inference.pictures import Score
 from diffpref.locations import asset
 
 MODEL = "checkpoint"

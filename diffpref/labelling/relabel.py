@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,9 +16,11 @@ from PIL import Image
 from diffpref.data.images import ImageError, decode_image
 from diffpref.data.pairs import PairDataset
 from diffpref.data.schema import PairRow
-from diffpref.evaluation.work import missing_shards, shard_path, write_table, write_text
+from diffpref.evaluation.scoring import Score, score_pictures
+from diffpref.evaluation.stats import wilson_interval
+from diffpref.evaluation.work import missing_shards, shard_path, write_table
 from diffpref.labelling.combine import RULES
-from diffpref.labelling.pairs import Score, agreement
+from diffpref.labelling.pairs import REJECTED_FILE, agreement, write_rejected
 
 
 def score_pairs(
@@ -35,24 +36,33 @@ def score_pairs(
 
 
 def _score_rows(pairs: PairDataset, index: Sequence[int], scorers: Mapping[str, Score], pool: ThreadPoolExecutor) -> pa.Table:
-    found = list(pool.map(_decoded, [pairs.row(i) for i in index]))
-    good = [row for row, content in enumerate(found) if not isinstance(content, str)]
+    found = list(pool.map(_decoded, [_row(pairs, i) for i in index]))
+    problems = [content if isinstance(content, str) else None for content in found]
+    good = [row for row, problem in enumerate(problems) if problem is None]
     pictures = [image for row in good for image in found[row]]
-    texts = [pairs.prompts[index[row]] for row in good for _ in (0, 1)]
-    columns: dict[str, Any] = {
-        "index": pa.array(index, pa.int64()),
-        "problem": pa.array([content if isinstance(content, str) else None for content in found], pa.string()),
-    }
-    for name, score in scorers.items():
-        values = np.full((len(index), 2), np.nan)
-        if good:
-            values[good] = np.asarray(score(pictures, texts), dtype=np.float64).reshape(-1, 2)
-        columns |= {f"{name}_{k}": pa.array(values[:, k], pa.float64()) for k in (0, 1)}
+    scored = score_pictures(scorers, pictures, [pairs.prompts[index[row]] for row in good for _ in (0, 1)])
+    for place, row in enumerate(good):
+        problems[row] = next((f"jpg_{k}: {text}" for k in (0, 1) if (text := scored.problems[2 * place + k])), None)
+    columns: dict[str, Any] = {"index": pa.array(index, pa.int64()), "problem": pa.array(problems, pa.string())}
+    for name, values in scored.scores.items():
+        both = np.full((len(index), 2), np.nan)
+        both[good] = values.reshape(-1, 2)
+        columns |= {f"{name}_{k}": pa.array(both[:, k], pa.float64()) for k in (0, 1)}
     return pa.table(columns)
 
 
-def _decoded(row: PairRow) -> tuple[Image.Image, Image.Image] | str:
+def _row(pairs: PairDataset, index: int) -> PairRow | str:
+    """A pair with its encoded pictures, or why they cannot be read."""
+    try:
+        return pairs.row(index)
+    except ValueError as error:
+        return f"image: {error.__cause__ or error}"  # the cause without its remedy, which is of another command
+
+
+def _decoded(row: PairRow | str) -> tuple[Image.Image, Image.Image] | str:
     """Both pictures of a row, or what is wrong with one."""
+    if isinstance(row, str):
+        return row
     images = []
     for column, data in (("jpg_0", row.image_0), ("jpg_1", row.image_1)):
         try:
@@ -65,41 +75,50 @@ def _decoded(row: PairRow) -> tuple[Image.Image, Image.Image] | str:
 def write_labels(
     folder: Path, pairs: PairDataset, num_shards: int, names: Sequence[str], rule: str | None, min_margin: float
 ) -> dict[str, Any]:
-    """Write train-<n>.parquet: the pairs with their scores, and with `rule` also with the scorers' label.
+    """Write train-<n>.parquet: the pairs with their scores, and with `rule` also with the scorers' label; returns what they are like.
 
-    With a rule, the human label moves to human_label_0 and human_label_1; undecided pairs become ties. Rows with a picture that
-    cannot be read are listed in rejected_rows.jsonl. Returns and stores label_report.json. Raises ValueError if nothing is left.
+    With a rule, the human label moves to human_label_0 and human_label_1; undecided pairs become ties. Rows that cannot be read or
+    scored are listed in rejected_rows.jsonl, those that were set aside on loading first. Raises ValueError if nothing is left.
     """
-    scored = pa.concat_tables([pq.read_table(shard_path(folder, "scored", n)) for n in range(num_shards)])
+    tables = [pq.read_table(shard_path(folder, "scored", n)) for n in range(num_shards)]
+    scored = pa.concat_tables(tables)
     problems = scored.column("problem").to_pylist()
     good = [row for row, problem in enumerate(problems) if problem is None]
-    bad = [{"row": i, "pair_id": pairs.pair_ids[i], "reason": problem} for i, problem in enumerate(problems) if problem]
-    write_text(folder / "rejected_rows.jsonl", "".join(json.dumps(row) + "\n" for row in bad))
+    bad: list[tuple[int, str | None, str]] = [(r.row, r.pair_id, f"{r.column}: {r.reason}") for r in pairs.rejected]
+    bad += [(int(pairs.rows[i]), pairs.pair_ids[i], problem) for i, problem in enumerate(problems) if problem]
+    write_rejected(folder, bad)
     if not good:
-        raise ValueError(f"none of {len(problems)} pairs could be scored; the reasons are in {folder / 'rejected_rows.jsonl'}")
+        raise ValueError(f"none of {len(problems)} pairs could be scored; the reasons are in {folder / REJECTED_FILE}")
     scores = {name: np.stack([scored.column(f"{name}_{k}").to_numpy()[good] for k in (0, 1)], 1) for name in names}
     labels = pairs.p0[good]
     if rule:
         verdict = RULES[rule](scores)[:, 0, 1]
         labels = np.where(np.abs(verdict) < min_margin, 0.5, 0.5 + 0.5 * np.sign(verdict))
-    size = -(-len(problems) // num_shards)
-    for number in range(num_shards):
-        part = [k for k, row in enumerate(good) if number * size <= row < (number + 1) * size]
-        write_table(
-            shard_path(folder, "train", number),
-            _rows(pairs, [good[k] for k in part], {n: x[part] for n, x in scores.items()}, labels[part], bool(rule)),
-        )
-    report = {
+    first = 0
+    for number, table in enumerate(tables):
+        part = [k for k, row in enumerate(good) if first <= row < first + len(table)]
+        rows = _rows(pairs, [good[k] for k in part], {n: x[part] for n, x in scores.items()}, labels[part], bool(rule))
+        write_table(shard_path(folder, "train", number), rows)
+        first += len(table)
+    human = pairs.p0[good]
+    return {
         "pairs": len(good),
         "rejected": len(bad),
-        "reasons": dict(Counter(str(row["reason"]).split(":")[1].strip() for row in bad)),
+        "reasons": dict(Counter(":".join(reason.split(":")[:2]) for _, _, reason in bad)),
         "ties": int((labels == 0.5).sum()),
         "rule": rule,
-        "agreement_with_the_label": {name: pair_accuracy(x, pairs.p0[good]) for name, x in scores.items()},
+        "labels_changed": int((np.sign(labels - 0.5) != np.sign(human - 0.5)).sum()),
+        "accuracy": {name: accuracy_with_interval(x, human) for name, x in scores.items()},
         "agreement_between_scorers": agreement(scores),
     }
-    write_text(folder / "label_report.json", json.dumps(report, indent=1))
-    return report
+
+
+def accuracy_with_interval(scores: np.ndarray, p0: np.ndarray) -> dict[str, float | int | list[float]]:
+    """`pair_accuracy` with its 95 % interval and the number of pairs that it is of."""
+    decided = int((p0 != 0.5).sum())
+    share = pair_accuracy(scores, p0)
+    interval = list(wilson_interval(share * decided, decided)) if decided else [0.0, 1.0]
+    return {"value": share, "interval_95": interval, "pairs": decided, "equal_scores": int((scores[:, 0] == scores[:, 1]).sum())}
 
 
 def pair_accuracy(scores: np.ndarray, p0: np.ndarray) -> float:

@@ -39,14 +39,12 @@ def test_every_picture_has_its_own_seed(drawn: Path) -> None:
 
 def test_missing_pictures_are_drawn_again_and_no_others(drawn: Path, sd_folder: Path) -> None:
     lost = picture_path(drawn, "base", 3, 1)
-    before = {p: p.read_bytes() for p in (drawn / "pictures" / "base").iterdir()}
-    lost.unlink()
+    before = {p: np.asarray(Image.open(p)).astype(int) for p in (drawn / "pictures" / "base").iterdir()}
+    lost.write_bytes(lost.read_bytes()[:-20])  # as a disk that lost power leaves it
     times = {p: p.stat().st_mtime_ns for p in before if p != lost}
     assert draw_missing(drawn, "base", DRAWING, lambda: load_pipeline(str(sd_folder))) == 1
     assert all(p.stat().st_mtime_ns == t for p, t in times.items())
-    again = np.asarray(Image.open(lost)).astype(int)
-    assert np.abs(again - np.asarray(Image.open(picture_path(drawn, "base", 3, 1))).astype(int)).max() == 0
-    assert lost.read_bytes() == before[lost]
+    assert np.abs(np.asarray(Image.open(lost)).astype(int) - before[lost]).max() <= 1  # drawn in another batch: rounding
 
     def never() -> Any:
         raise AssertionError("loaded although nothing is missing")
@@ -78,14 +76,20 @@ def test_scores_are_read_back_in_place(drawn: Path, monkeypatch: pytest.MonkeyPa
     assert set(found.statistics) == {"saturation", "contrast", "sharpness", "jpeg_size"}
 
 
-@pytest.mark.parametrize(
-    ("scorer", "said"),
-    [
-        (lambda images, prompts: np.zeros((len(images), 1)), r"returned shape \(10, 1\)"),
-        (lambda images, prompts: np.full(len(images), np.nan), "10 of 10 pictures a score that is not finite"),
-    ],
-)
-def test_a_scorer_that_breaks_its_contract_is_named(scorer: Any, said: str, drawn: Path) -> None:
-    with pytest.raises(ValueError, match=f"scorer 'odd'.*{said}|{said}"):
-        score_missing(drawn, "base", DRAWING, {"odd": scorer})
+def test_a_scorer_that_breaks_its_contract_is_named(drawn: Path) -> None:
+    with pytest.raises(ValueError, match=r"scorer 'odd' returned shape \(10, 1\) for 10 pictures"):
+        score_missing(drawn, "base", DRAWING, {"odd": lambda images, prompts: np.zeros((len(images), 1))})
     assert not list((drawn / "scores").glob("base-*"))
+
+
+def test_a_refused_picture_costs_its_own_row_only(drawn: Path) -> None:
+    def choosy(images: Any, prompts: Sequence[str]) -> np.ndarray:
+        if any(prompt.endswith("3") for prompt in prompts):
+            raise ValueError("no threes")
+        return mean(images, prompts)
+
+    score_missing(drawn, "base", DRAWING, {"mean": mean, "choosy": choosy})
+    found = read_measured(drawn, "base", DRAWING)
+    assert np.isnan(found.scores["choosy"]).tolist() == [[i == 3] * 2 for i in range(5)]
+    assert np.array_equal(found.scores["choosy"][:3], found.scores["mean"][:3])
+    assert found.problems == {(3, 0): "choosy: no threes", (3, 1): "choosy: no threes"}

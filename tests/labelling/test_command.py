@@ -85,7 +85,7 @@ def test_two_ranks_and_an_interruption_give_the_same_files(tmp_path: Path) -> No
     parts.mkdir()
     with pytest.raises(KeyboardInterrupt):
         score_shards(parts, PROMPTS, 3, 2, 5, failing, {"bright": brightness}, "png", rank=0, world=2)
-    assert [p.name for p in parts.iterdir()] == ["scored-00000.parquet"]
+    assert sorted(p.name for p in parts.iterdir()) == [".drawn-00002", "scored-00000.parquet"]
     before = (parts / "scored-00000.parquet").stat().st_mtime_ns
     for rank in (1, 0):
         scored(parts, rank=rank, world=2)
@@ -144,6 +144,51 @@ def test_existing_pairs_get_scores_beside_their_label(existing: Path, tmp_path: 
     assert (report["pairs"], report["rejected"], report["ties"]) == (5, 1, 1)
 
 
+def test_every_row_that_is_set_aside_is_listed_with_its_reason(
+    pair_columns: dict[str, list[object]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    columns = {name: list(values[:8]) for name, values in pair_columns.items()}
+    narrow = BytesIO()
+    Image.new("RGB", (1, 9000)).save(narrow, "PNG")
+    columns["jpg_0"][1], columns["caption"][3] = narrow.getvalue(), "  "
+    columns["jpg_0"][5] = None
+    pq.write_table(pa.table(columns), tmp_path / "pairs.parquet")
+
+    def square(images: Any, prompts: Sequence[str]) -> np.ndarray:
+        for n, image in enumerate(images):
+            if image.height > 1000:
+                raise ValueError(f"image {n} is too long and narrow")
+        return brightness(images, prompts)
+
+    assert label(settings(tmp_path / "pairs.parquet", tmp_path), {"bright": square}) == 0
+    rejected = [json.loads(line) for line in (tmp_path / "out" / "rejected_rows.jsonl").read_text().splitlines()]
+    assert {row["row"]: row["reason"] for row in rejected} == {
+        1: "jpg_0: bright: image 0 is too long and narrow",
+        3: "caption: empty",
+        5: "image: null",
+    }
+    report = json.loads((tmp_path / "out" / "label_report.json").read_text())
+    assert (report["pairs"], report["rejected"]) == (5, 3)
+    assert "3 rows were set aside; the reasons are in" in capsys.readouterr().err
+
+
+def test_a_prompt_with_a_refused_picture_is_set_aside(tmp_path: Path) -> None:
+    def choosy(images: Any, prompts: Sequence[str]) -> np.ndarray:
+        if "prompt 3" in prompts:
+            raise ValueError("no threes")
+        return brightness(images, prompts)
+
+    score_shards(tmp_path, PROMPTS, 3, 2, 5, draw, {"bright": choosy}, "png")
+    for which in ("best_worst", "ranked", "all"):
+        report = pair_up(tmp_path, 4, ["bright"], "mean_z", which, 0.0, 5, "a-model")
+        assert (report["prompts"], report["rejected"], report["undecided"]) == (7, 1, 0)
+        rows = pa.concat_tables([pq.read_table(p) for p in sorted(tmp_path.glob("train-*.parquet"))])
+        assert "prompt 3" not in rows.column(0).to_pylist()
+        assert len(set(rows.column(0).to_pylist())) == 6
+    (line,) = (tmp_path / "rejected_rows.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"row": 3, "of": "prompt 3", "reason": "bright: no threes"}
+
+
 def test_the_form_of_existing_pairs_may_be_named(existing: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="for votes it lacks 'votes_0'"):
         label(settings(existing, tmp_path, data_format="votes"), {"bright": brightness})
@@ -156,10 +201,12 @@ def test_scorers_may_decide_and_the_human_label_is_kept(existing: Path, tmp_path
         assert row["label_0"] == float(row["bright_0"] > row["bright_1"])
     assert [row["human_label_0"] for row in rows] == [0.0, 1.0, 1.0, 0.5, 1.0]
     report = json.loads((tmp_path / "out" / "label_report.json").read_text())
+    assert report["accuracy"]["bright"]["pairs"] == 4
+    assert report["labels_changed"] == sum(row["label_0"] != row["human_label_0"] for row in rows)
     opposite = tmp_path / "opposite"
     label(settings(existing, tmp_path, rule="mean_z", output_dir=str(opposite)), {"bright": darkness})
-    other = json.loads((opposite / "label_report.json").read_text())["agreement_with_the_label"]["bright"]
-    assert report["agreement_with_the_label"]["bright"] + other == pytest.approx(1.0)
+    other = json.loads((opposite / "label_report.json").read_text())["accuracy"]["bright"]["value"]
+    assert report["accuracy"]["bright"]["value"] + other == pytest.approx(1.0)
 
 
 def test_a_started_folder_is_continued_or_refused(existing: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +234,9 @@ def test_a_started_folder_is_continued_or_refused(existing: Path, tmp_path: Path
         (["--prompts", "a", "--scorers", "testbed", "--rule", "median"], "accepted: mean_z"),
         (["--prompts", "a", "--scorers", "testbed", "--pairs", "some"], "best_worst, all, ranked"),
         (["--prompts", "a", "--scorers", "testbed", "--min_margin", "-1"], "min_margin is -1"),
+        (["--prompts", "a", "--scorers", "testbed", "--split", "own"], "split is own, which has no meaning for making pairs"),
+        (["--train_data_dir", "a", "--scorers", "testbed", "--pairs", "all"], "pairs is all, which has no meaning for scoring"),
+        (["--prompts", "a lighthouse", "--scorers", "testbed", "--output_dir", "unused"], "scorer 'testbed' refuses a grey picture"),
     ],
 )
 def test_bad_settings_end_with_one_line(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
