@@ -133,7 +133,6 @@ def _train_help() -> str:
     from diffpref.paths import PATHS
     from diffpref.training.config import TrainConfig
     from diffpref.training.families import FAMILIES, FOREIGN
-    from diffpref.training.objective import NEED_CAPTIONS
     from diffpref.training.settings import help_text
 
     parts = (*METHODS.values(), *PATHS.values(), *GUARDS.values())
@@ -143,7 +142,7 @@ def _train_help() -> str:
         f"  --preset  ({', '.join(FAMILIES)})\n      Whose defaults are meant; the flags tell when not given (docs/migrate.md).\n"
         f"  --path  ({', '.join(PATHS)})\n      How x_t is reached; the method's own when not given.\n"
         f"  --guards  (any of {', '.join(GUARDS)})\n      Guards to wear beside the method's own.\n\n"
-        f"Methods: {', '.join(name for name in RECIPES if name not in NEED_CAPTIONS)}\n\n"
+        f"Methods: {', '.join(RECIPES)}\n\n"
         f"Flags of other scripts that are understood: {', '.join(f'--{name}' for name in FOREIGN)}"
     )
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from tqdm import tqdm
 
+from diffpref.data.groups import Groups, pair_group
 from diffpref.data.images import DEFAULT_LIMITS, ImageError, ImageLimits, image_size
 from diffpref.data.pairs import PairDataset
 
@@ -49,21 +50,22 @@ def bucket_shapes(resolution: int, step: int) -> tuple[Shape, ...]:
     return (*reversed(tall), (resolution, resolution), *((short, long) for long, short in tall))
 
 
-def read_sizes(pairs: PairDataset, limits: ImageLimits = DEFAULT_LIMITS, progress: bool = False) -> np.ndarray:
-    """Height and width of both pictures of every pair as they are shown, from their headers: (N, 2, 2) int32.
+def read_sizes(pairs: PairDataset | Groups, limits: ImageLimits = DEFAULT_LIMITS, progress: bool = False) -> np.ndarray:
+    """Height and width of the U pictures of every pair or group as they are shown, from their headers: (N, U, 2) int32.
 
     Raises:
         ValueError: a header cannot be read; the message names the pair.
     """
-    sizes = np.empty((len(pairs), 2, 2), np.int32)
+    count = 2 if isinstance(pairs, PairDataset) else pairs.cells.shape[1]
+    sizes = np.empty((len(pairs), count, 2), np.int32)
     hidden = None if progress else True  # None: shown on a terminal only
     for index in tqdm(range(len(pairs)), "reading picture sizes", disable=hidden, delay=2, leave=False):
-        row = pairs.row(index)
-        for image, (column, data) in enumerate((("jpg_0", row.image_0), ("jpg_1", row.image_1))):
+        group = pair_group(pairs, index) if isinstance(pairs, PairDataset) else pairs.group(index)
+        for image, (column, data) in enumerate(zip(group.columns, group.images, strict=True)):
             try:
                 sizes[index, image] = image_size(data, limits)
             except ImageError as error:
-                raise ValueError(f"pair {row.pair_id}, {column}: {error}; load with check_images=True to set such rows aside") from error
+                raise ValueError(f"pair {group.group_id}, {column}: {error}; load with check_images=True to set such rows aside") from error
     return sizes
 
 
@@ -80,10 +82,10 @@ class Buckets:
 
     @classmethod
     def of_sizes(cls, sizes: np.ndarray, resolution: int, step: int) -> Buckets:
-        """Buckets of pairs with pictures of these `sizes`: (N, 2, 2) height and width. Raises ValueError like `bucket_shapes`."""
+        """Buckets of groups with pictures of these `sizes`: (N, U, 2) height and width. Raises ValueError like `bucket_shapes`."""
         shapes = bucket_shapes(resolution, step)
         available = _log_aspect(np.array(shapes))
-        aspects = _log_aspect(sizes)  # (N, 2)
+        aspects = _log_aspect(sizes)  # (N, U)
         limit = math.log(MAX_ASPECT)
         wanted = aspects.clip(-limit, limit).mean(1)
         between = (available[1:] + available[:-1]) / 2

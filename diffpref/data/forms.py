@@ -22,6 +22,8 @@ _OPTIONAL_OF_A_PAIR: tuple[tuple[tuple[str, ...], Alternatives], ...] = (
     (("model_0",), (("model_0",), ("model1",))),
     (("model_1",), (("model_1",), ("model2",))),
     (("margin",), (("margin",),)),
+    (("caption_0", "caption_1"), (("caption_0", "caption_1"),)),
+    (("caption_negative",), (("caption_negative",), ("caption_neg",), ("negative_caption",))),
 )
 
 
@@ -43,6 +45,8 @@ class Form:
 
 
 _PAIR_FLAGS = {"caption_column": "caption", "image_0_column": "jpg_0", "image_1_column": "jpg_1", "user_column": "user_id"}
+_ONE_IMAGE: tuple[tuple[str, ...], Alternatives] = (("jpg_0",), (("image",), ("jpg",), ("image_path",)))
+_ONE_FLAGS = {"caption_column": "caption", "image_0_column": "jpg_0", "user_column": "user_id"}
 _LIST_OPTIONAL: tuple[tuple[tuple[str, ...], Alternatives], ...] = (
     (("ranking_id",), (("ranking_id",), ("prompt_id",))),
     (("margin",), (("margin",),)),
@@ -95,6 +99,20 @@ _ALL = (
         (_CAPTION, (_LIST, (("file_path",), ("image_path",), ("image",))), (("preference",), (("human_preference",),))),
         {"caption_column": "caption", "image_0_column": "images", "label_column": "preference", "user_column": "user_id"},
         _LIST_OPTIONAL,
+    ),
+    Form(
+        "labelled",
+        "one image and whether it is good (1, true) or bad (0, false)",
+        (_CAPTION, _ONE_IMAGE, (("label_0",), (("label",), ("desirable",)))),
+        _ONE_FLAGS | {"label_column": "label_0"},
+        (),
+    ),
+    Form(
+        "captions",
+        "one image with the caption that it shows and one that it does not",
+        (_CAPTION, _ONE_IMAGE, (("caption_negative",), (("caption_negative",), ("caption_neg",), ("negative_caption",)))),
+        _ONE_FLAGS,
+        (),
     ),
 )
 FORMS = {form.name: form for form in _ALL}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import threading
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -176,20 +177,19 @@ def _from_16_bit(image: Image.Image) -> Image.Image:
     return Image.fromarray(grey).convert("RGB")
 
 
-def prepare_pair(
-    image_0: Image.Image,
-    image_1: Image.Image,
+def prepare_images(
+    images: Sequence[Image.Image],
     size: tuple[int, int],
     crop: tuple[float, float] | None = None,
-    flips: tuple[bool, bool] = (False, False),
+    flips: Sequence[bool] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Bring two RGB images to one `size` (height H, width W) with one shared crop.
+    """Bring the U RGB images of a group to one `size` (height H, width W) with one shared crop.
 
     Each image is resized (bilinear, antialiased) until it just covers H x W, then an H x W window is cut out. `crop` None takes
-    the centre; (top, left), each in [0, 1), places the window at these fractions of each image's own slack. `flips` mirror the
+    the centre; (top, left), each in [0, 1), places the window at these fractions of each image's own slack. `flips` (U,) mirror the
     images left and right before cropping, so that the offsets describe an image as it is shown. An H x W image passes untouched.
 
-    Returns pixels (2, 3, H, W) float32 in [-1, 1] and time_ids (2, 6) float32: original height and width, crop top and left
+    Returns pixels (U, 3, H, W) float32 in [-1, 1] and time_ids (U, 6) float32: original height and width, crop top and left
     in pixels of the resized image, H, W.
 
     Raises:
@@ -199,7 +199,7 @@ def prepare_pair(
         raise ValueError(f"size is {size[0]} x {size[1]}, accepted: whole numbers of pixels from 1, for example 512 x 512")
     if crop is not None and not all(0 <= fraction < 1 for fraction in crop):
         raise ValueError(f"crop is {crop}, accepted: None for the centre, or (top, left) with both in [0, 1)")
-    prepared = [_prepare(image, size, crop, flip) for image, flip in zip((image_0, image_1), flips, strict=True)]
+    prepared = [_prepare(image, size, crop, flip) for image, flip in zip(images, flips or [False] * len(images), strict=True)]
     pixels, time_ids = zip(*prepared, strict=True)
     return torch.stack(pixels), torch.stack(time_ids)
 

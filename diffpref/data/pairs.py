@@ -36,6 +36,10 @@ class PairDataset:
     ties: int  # ties among the valid rows, before the tie policy acted
     left_out: int = 0  # pairs that dreamlike_pairs_only left out
     scores: dict[str, np.ndarray] = field(default_factory=dict)  # (N, 2) float64 per scorer: image 0 and image 1, NaN where missing
+    image_ids: list[tuple[str, ...] | None] = field(default_factory=list)  # (N,) names of the images that the source has for them
+    own_captions: list[tuple[object, object]] | None = None  # (N,) not checked; captions of image 0 and 1 that are not shared
+    negatives: list[object] | None = None  # (N,) not checked; captions that the preferred image does not show
+    shown: np.ndarray | None = None  # (N, 2) int64, which stored image serves as image 0 and image 1; None for 0 and 1
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -52,25 +56,31 @@ class PairDataset:
         pair = int(self.rows[index])
         [stored] = self.table.stored([pair])
         try:
-            image_0, image_1 = (image_bytes(value) for value in stored)
+            images = [image_bytes(value) for value in stored]
         except ImageError as error:
             raise ValueError(
                 f"pair {self.pair_ids[index]} (row {self.table.source_row(pair)}): image is {error}; set check_images to true to have such "
                 f"rows set aside"
             ) from error
+        first, second = (0, 1) if self.shown is None else self.shown[index].tolist()
         extra = self.table.extra(pair)
         names = {name: optional_text(extra.get(name)) for name in ("ranking_id", "model_0", "model_1")}
         margin = extra.get("margin")
         return PairRow(
             pair_id=self.pair_ids[index],
             prompt=self.prompts[index],
-            image_0=image_0,
-            image_1=image_1,
+            image_0=images[first],
+            image_1=images[min(second, len(images) - 1)],
             p0=float(self.p0[index]),
             user_id=self.user_ids[index],
             margin=None if number_problem(margin) else float(margin),  # type: ignore[arg-type]  # it is a number
             **names,
         )
+
+    @property
+    def has_two_images(self) -> bool:
+        """Whether a row compares two images; else it is one image, labelled or with two captions."""
+        return len(self.table.images) == 2
 
     def select(self, indices: Iterable[int]) -> PairDataset:
         """The pairs at `indices`, in that order. `rejected`, `ties` and `left_out` still describe the source."""
@@ -83,6 +93,10 @@ class PairDataset:
             p0=self.p0[chosen],
             user_ids=[self.user_ids[index] for index in chosen],
             scores={name: scores[chosen] for name, scores in self.scores.items()},
+            image_ids=[self.image_ids[index] for index in chosen],
+            own_captions=None if self.own_captions is None else [self.own_captions[index] for index in chosen],
+            negatives=None if self.negatives is None else [self.negatives[index] for index in chosen],
+            shown=None if self.shown is None else self.shown[chosen],
         )
 
     @cached_property
@@ -151,7 +165,8 @@ def read_pairs(source: Source, request: Request, say: Callable[[str], None] | No
         found = scan(table, request.tie_policy, request.max_samples, request.check_images, Scan(verdicts=known))
     check_share(found)
     return PairDataset(
-        table=replace(table, captions=[], uids=[], users=[], problems={}, scores={}),  # not needed any more, and large
+        # what is not needed any more, and large, goes
+        table=replace(table, captions=[], uids=[], users=[], problems={}, scores={}, own_captions=None, negatives=None),
         rows=np.array(found.pairs, dtype=np.int64),
         pair_ids=found.pair_ids,
         prompts=[str(table.captions[pair]) for pair in found.pairs],
@@ -161,6 +176,9 @@ def read_pairs(source: Source, request: Request, say: Callable[[str], None] | No
         ties=found.ties,
         left_out=found.left_out,
         scores={name: scores[found.pairs] for name, scores in table.scores.items()},
+        image_ids=[table.uids[pair] for pair in found.pairs],
+        own_captions=[(table.own_captions[0][pair], table.own_captions[1][pair]) for pair in found.pairs] if table.own_captions else None,
+        negatives=[table.negatives[pair] for pair in found.pairs] if table.negatives else None,
     )
 
 

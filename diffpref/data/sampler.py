@@ -4,13 +4,18 @@ Positions run over an endless concatenation of permutations of all pairs, one pe
 such a sequence of its own, cut into micro-batches; a pass over the data is as many micro-batches of each bucket as bring
 every pair to its next visit, in random order. The last micro-batch of a bucket is filled with the first pairs of the bucket's
 next visit, which the next pass does not repeat: every batch is full and no pair is left out.
+
+With a balance two such sequences, of good and of bad pictures, are dealt out in a fixed proportion, evenly spread: every batch
+has the wanted share, up to rounding, and the smaller class comes to its later visits sooner.
 """
 
 from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 
 import numpy as np
 from torch import Tensor
@@ -25,15 +30,22 @@ _CACHED_VISITS = 3  # neighbouring ranks and prefetching workers straddle at mos
 class PairSampler:
     """The order of `num_pairs` pairs under `seed`; every micro-batch lies in one bucket of `bucket_of_pair` (num_pairs,), if given.
 
+    balance: which members are good, bool (num_pairs,), and their share of what is drawn.
+
     Raises:
-        ValueError: `num_pairs` is below 1.
+        ValueError: `num_pairs` is below 1, the share is not between 0 and 1, or one class has no member.
     """
 
-    def __init__(self, num_pairs: int, seed: int, bucket_of_pair: np.ndarray | None = None) -> None:
+    def __init__(
+        self, num_pairs: int, seed: int, bucket_of_pair: np.ndarray | None = None, balance: tuple[np.ndarray, float] | None = None
+    ) -> None:
         if num_pairs < 1:
             raise ValueError(f"num_pairs is {num_pairs}, accepted: 1 or more; give a dataset with at least one pair")
         self.num_pairs = num_pairs
         self.seed = seed
+        self._classes: tuple[_Stream, _Stream, Fraction] | None = None
+        if balance is not None:
+            self._classes = _two_classes(*balance, seed)
         if bucket_of_pair is None:
             self._streams = [_Stream(np.arange(num_pairs), seed)]
         else:
@@ -60,6 +72,8 @@ class PairSampler:
                 f"(accumulation {accumulation}), rank in 0..{world_size - 1} (world_size {world_size})"
             )
         number = (step * accumulation + micro_step) * world_size + rank
+        if self._classes is not None:
+            return [_dealt(*self._classes, position) for position in range(number * batch_size, (number + 1) * batch_size)]
         stream, number = self._place(number, batch_size)
         return [stream.at(position) for position in range(number * batch_size, (number + 1) * batch_size)]
 
@@ -105,6 +119,22 @@ class PairSampler:
                 del self._passes[min(self._passes)]
             self._passes[number, batch_size] = found
         return found
+
+
+def _two_classes(is_good: np.ndarray, share: float, seed: int) -> tuple[_Stream, _Stream, Fraction]:
+    """(bad, good, share of the good)."""
+    good, bad = np.flatnonzero(is_good), np.flatnonzero(~is_good)
+    if not 0 < share < 1:
+        raise ValueError(f"desirable_share is {share}; it is a share between 0 and 1, both excluded, 0.8 in the paper")
+    if not len(good) or not len(bad):
+        raise ValueError(f"desirable_share is {share}, but the data has {len(good)} good and {len(bad)} bad pictures; both are needed")
+    return _Stream(bad, seed, 0), _Stream(good, seed, 1), Fraction(share).limit_denominator(10_000)
+
+
+def _dealt(bad: _Stream, good: _Stream, share: Fraction, position: int) -> Item:
+    """What comes at `position` when `share` of all positions go to `good`, spread evenly."""
+    before, after = math.floor(position * share), math.floor((position + 1) * share)
+    return good.at(before) if after > before else bad.at(position - before)
 
 
 class _Stream:

@@ -123,16 +123,16 @@ def _verdicts(
     return (result.verdicts.get(pair, (None, None)) for pair in chunk)
 
 
-def _inspect(caption: str, named: bool, stored: tuple[object, object], check_images: bool) -> Verdict:
+def _inspect(caption: str, named: bool, stored: tuple[object, ...], check_images: bool) -> Verdict:
     images = []
-    for column, value in zip(IMAGE_COLUMNS, stored, strict=True):
+    for column, value in zip(IMAGE_COLUMNS, stored, strict=False):
         try:
             images.append(image_bytes(value))
             if check_images:
                 decode_image(images[-1])
         except ImageError as error:
             return None, (column, str(error))
-    if images[0] == images[1]:
+    if len(images) == 2 and images[0] == images[1]:
         return None, ("jpg_1", "identical images: the files are equal byte for byte")
     return None if named else pair_id_from_content(caption, *images), None
 
@@ -140,7 +140,7 @@ def _inspect(caption: str, named: bool, stored: tuple[object, object], check_ima
 def _record(table: PairTable, result: Scan, pair: int, verdict: Verdict, first_row: int) -> None:
     uids = table.uids[pair]
     pair_id, problem = pair_id_from_uids(*uids) if uids else verdict[0], verdict[1]
-    if uids and uids[0] == uids[1]:
+    if uids and len(uids) == 2 and uids[0] == uids[1]:
         problem = "image_1_uid", "identical images: both have the same name"
     if problem is not None:
         result.rejected.append(Rejected(first_row + table.source_row(pair), pair_id, *problem))

@@ -29,7 +29,7 @@ class PairRow:
     pair_id: str
     prompt: str
     image_0: bytes
-    image_1: bytes
+    image_1: bytes  # image_0 again in data of single images
     p0: float  # probability in [0, 1] that image 0 is better, 0.5 = tie
     ranking_id: str | None = None  # shared by the pairs of one ranked list
     user_id: str | None = None
@@ -125,14 +125,14 @@ def is_tie(p0: float) -> bool:
     return abs(p0 - 0.5) <= LABEL_TOLERANCE
 
 
-def pair_id_from_uids(uid_0: str, uid_1: str) -> str:
-    """32 hex digits that depend on the two image uids and their order."""
-    return _digest(b"uids", _encoded(uid_0), _encoded(uid_1))
+def pair_id_from_uids(*uids: str) -> str:
+    """32 hex digits that depend on the image uids and their order."""
+    return _digest(b"uids", *map(_encoded, uids))
 
 
-def pair_id_from_content(prompt: str, image_0: bytes, image_1: bytes) -> str:
+def pair_id_from_content(prompt: str, *images: bytes) -> str:
     """32 hex digits that depend on the prompt, the encoded images and their order."""
-    return _digest(b"content", _encoded(prompt), image_0, image_1)
+    return _digest(b"content", _encoded(prompt), *images)
 
 
 def _encoded(text: str) -> bytes:

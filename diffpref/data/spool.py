@@ -191,6 +191,8 @@ class Follower(threading.Thread):
                 raise ValueError(
                     "streaming is true, but the rows of a ranked list do not lie in one row of the stream; set streaming to false"
                 )
+            if layout.form in ("labelled", "captions"):
+                raise ValueError(f"streaming is true, but the rows have the form {layout.form}, which is not streamed; set it to false")
             table = pair_table(source, layout, request.ranked_pairs, request.choice_model, request.dreamlike_pairs_only)
             before = len(self.found.pair_ids)
             self.found.pairs, self.found.verdicts = [], {}  # positions in the chunk

@@ -48,6 +48,11 @@ class StreamedPairs(PairDataset):
         raise _needs_all(name)
 
     @property
+    def has_two_images(self) -> bool:
+        """Rows of single images are not streamed."""
+        return True
+
+    @property
     def rejected(self) -> list[Rejected]:  # type: ignore[override]  # a field there
         """Rows set aside so far."""
         return sorted((Rejected(**entry) for facts in self.spool.facts for entry in facts["rejected"]), key=lambda entry: entry.row)

@@ -25,15 +25,17 @@ class PairTable:
 
     rows: Rows
     layout: Layout
-    images: tuple[str, str]  # columns of image 0 and image 1; the same one for lists
+    images: tuple[str, ...]  # columns of image 0 and image 1; the same one for lists, a single one for rows of one image
     captions: list[object]  # (M,) not checked
     p0: np.ndarray  # (M,) float64, probability that image 0 is better; NaN for rows in `problems`
     problems: dict[int, Problem]  # pairs that cannot be used, as far as this is known without their captions and images
-    uids: list[tuple[str, str] | None]  # (M,) names of the images that stay the same, where the source has such names
+    uids: list[tuple[str, ...] | None]  # (M,) names of the images that stay the same, where the source has such names
     users: list[str | None]  # (M,)
     scores: dict[str, np.ndarray]  # (M, 2) float64 each: numbers of a scorer for image 0 and image 1, NaN where missing
     picks: np.ndarray | None = None  # (M, 2, 2) int64, row and position in the list of both images; None: pair i is row i
     left_out: np.ndarray | None = None  # (M,) bool, pairs that a filter leaves out
+    own_captions: tuple[list[object], list[object]] | None = None  # (M,) each: captions of image 0 and 1 that are not shared
+    negatives: list[object] | None = None  # (M,) captions that the preferred image does not show
 
     def __len__(self) -> int:
         return len(self.p0)
@@ -42,8 +44,8 @@ class PairTable:
         """The row that pair comes from."""
         return pair if self.picks is None else int(self.picks[pair, 0, 0])
 
-    def stored(self, pairs: Sequence[int]) -> list[tuple[object, object]]:
-        """Both images of each pair as they are stored: bytes, places to read from, or something that is no image."""
+    def stored(self, pairs: Sequence[int]) -> list[tuple[object, ...]]:
+        """The images of each pair as they are stored: bytes, places to read from, or something that is no image."""
         sides = []
         for side, name in enumerate(self.images):
             cells = [(pair, -1) if self.picks is None else tuple(self.picks[pair, side].tolist()) for pair in pairs]
@@ -100,7 +102,7 @@ def pair_table(
 
 def _from_pairs(rows: Rows, layout: Layout, choice_model: str | None) -> PairTable:
     columns = layout.columns
-    images = columns["jpg_0"], columns["jpg_1"]
+    images = tuple(columns[name] for name in ("jpg_0", "jpg_1") if name in columns)
     scores = _scores(rows, layout.scores)
     if choice_model:
         name = score_of(choice_model, scores, rows.names)
@@ -114,18 +116,24 @@ def _from_pairs(rows: Rows, layout: Layout, choice_model: str | None) -> PairTab
         else:
             problems.setdefault(row, verdict)
     names = [rows.image_names(name) for name in images]
-    for column, found in zip(("jpg_0", "jpg_1"), names, strict=True):
+    for column, found in zip(("jpg_0", "jpg_1"), names, strict=False):
         _check_paths(column, found or [], problems)
     if "image_0_uid" in columns:
         names = [rows.values(columns["image_0_uid"]), rows.values(columns["image_1_uid"])]
-    uids = _uids(names[0], names[1], len(rows))
-    return PairTable(rows, layout, images, rows.values(columns["caption"]), p0, problems, uids, _users(rows, columns), scores)
+    uids = _uids(names, len(rows))
+    own = (rows.values(columns["caption_0"]), rows.values(columns["caption_1"])) if "caption_0" in columns else None
+    negatives = rows.values(columns["caption_negative"]) if "caption_negative" in columns else None
+    facts = (rows.values(columns["caption"]), p0, problems, uids, _users(rows, columns), scores)
+    return PairTable(rows, layout, images, *facts, own_captions=own, negatives=negatives)
 
 
 def _by_label(rows: Rows, layout: Layout) -> Iterator[float | Problem]:
     columns = layout.columns
-    if layout.form == "chosen_rejected":
+    if layout.form in ("chosen_rejected", "captions"):
         return itertools.repeat(1.0, len(rows))
+    if layout.form == "labelled":
+        labels = rows.values(columns["label_0"])
+        return (probability(float(label) if isinstance(label, bool) else label, has_both=False) for label in labels)
     if layout.form == "votes":
         return map(share_of_votes, rows.values(columns["votes_0"]), rows.values(columns["votes_1"]))
     if "label_1" in columns:
@@ -155,10 +163,11 @@ def _scores(rows: Rows, candidates: Mapping[str, tuple[str, str]]) -> dict[str, 
     return found
 
 
-def _uids(first: Sequence[object] | None, second: Sequence[object] | None, size: int) -> list[tuple[str, str] | None]:
-    if first is None or second is None:
+def _uids(names: Sequence[Sequence[object] | None], size: int) -> list[tuple[str, ...] | None]:
+    known = [found for found in names if found is not None]
+    if len(known) < len(names):
         return [None] * size
-    return [None if a is None or b is None else (str(a), str(b)) for a, b in zip(first, second, strict=True)]
+    return [None if None in found else tuple(map(str, found)) for found in zip(*known, strict=True)]
 
 
 def _users(rows: Rows, columns: Mapping[str, str]) -> list[str | None]:
@@ -199,9 +208,9 @@ def _from_lists(rows: Rows, layout: Layout, ranked_pairs: RankedPairs) -> PairTa
 
 def _list_uids(
     names: list[object] | None, cells: list[tuple[tuple[int, int], tuple[int, int]]], problems: dict[int, Problem]
-) -> list[tuple[str, str] | None]:
+) -> list[tuple[str, ...] | None]:
     """Names of both images of each pair of places; names that no path can have are added to `problems`."""
-    uids: list[tuple[str, str] | None] = [None] * len(cells)
+    uids: list[tuple[str, ...] | None] = [None] * len(cells)
     for pair, places in enumerate(cells if names is not None else []):
         if pair in problems:
             continue

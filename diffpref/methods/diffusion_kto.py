@@ -30,6 +30,8 @@ class DiffusionKTO:
     needs_reference: ClassVar[bool] = True
     needs_reference_prediction: ClassVar[bool] = False
     images_per_group: ClassVar[int | None] = None
+    least_images: ClassVar[int] = 2
+    """Images of all processes in a forward pass, below which there is nothing to compare with."""
 
     beta: float = 2000.0
     """Sharpness on half the mean squared error difference; larger saturates the value earlier."""

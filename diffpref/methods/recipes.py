@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 Settings = Mapping[str, bool | int | float | str]
 
@@ -21,13 +22,14 @@ class Recipe:
     path_settings: Settings = field(default_factory=dict)
     guards: Mapping[str, Settings] = field(default_factory=dict)
     provisional: str = ""  # what the paper does not say, and is therefore our choice
+    groups: Literal["pairs", "captioned", "captions", "images", "lists"] = "pairs"  # what is compared, see data/groups.py
 
 
 RECIPES: dict[str, Recipe] = {
     "diffusion_dpo": Recipe("diffusion_dpo"),
-    "diffusion_kto": Recipe("diffusion_kto"),
+    "diffusion_kto": Recipe("diffusion_kto", groups="images"),
     "diffusion_sdpo": Recipe("diffusion_dpo", guards={"sdpo": {"mu": 0.9}}),
-    "dcpo": Recipe("diffusion_dpo", settings={"beta": 500.0}),  # a caption per image
+    "dcpo": Recipe("diffusion_dpo", settings={"beta": 500.0}, groups="captioned"),
     "dmpo": Recipe("dmpo"),
     "dpop": Recipe("dpop", provisional="beta and penalty for diffusion models"),
     "dro": Recipe("dro", guards={"sdpo": {"mu": 0.6}}),
@@ -35,11 +37,11 @@ RECIPES: dict[str, Recipe] = {
     "inpo": Recipe("diffusion_dpo", "inversion", {"beta": 2000.0}, {"num_steps": 10}),
     "inversion_dpo": Recipe("inversion_dpo", "trajectory"),
     "lcpo": Recipe("lcpo", provisional="first reliability and its moving average; beta for diffusion models"),
-    "lipo": Recipe("lipo", provisional="beta for diffusion models"),
-    "list_mle": Recipe("lipo", settings={"list_loss": "list_mle"}, provisional="beta for diffusion models"),
+    "lipo": Recipe("lipo", provisional="beta for diffusion models", groups="lists"),
+    "list_mle": Recipe("lipo", settings={"list_loss": "list_mle"}, provisional="beta for diffusion models", groups="lists"),
     "mapo": Recipe("mapo"),
     "odpo": Recipe("odpo", provisional="alpha and beta for diffusion models"),
-    "rank_dpo": Recipe("rank_dpo", path_settings={"shared_noise": False}, provisional="beta and learning rate"),
+    "rank_dpo": Recipe("rank_dpo", path_settings={"shared_noise": False}, provisional="beta and learning rate", groups="lists"),
     "sft": Recipe("sft"),
     "smpo": Recipe("smpo", "inversion", path_settings={"num_steps": 5, "renoise_iterations": 1}),
     "smpo_pickscore": Recipe(  # the score range hard-coded by the authors; cosine of PickScore, without its logit scale
@@ -48,11 +50,12 @@ RECIPES: dict[str, Recipe] = {
         {"score": "pickscore", "score_min": 0.11543526500463486, "score_max": 0.28201571106910706},
         {"num_steps": 5, "renoise_iterations": 1},
     ),
-    "tdpo": Recipe(  # one image, two captions
+    "tdpo": Recipe(
         "diffusion_dpo",
         guards={"sdpo": {"mu": 0.9}, "winner_anchor": {"anchor_weight": 1.0}},
         provisional="beta, and the clip on the negative term, for which the guards stand",
+        groups="captions",
     ),
-    "tkto": Recipe("diffusion_kto", provisional="beta"),  # one image, two captions
+    "tkto": Recipe("diffusion_kto", provisional="beta", groups="captions"),
 }
 """Every method of METHODS has the recipe of its own name."""

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,7 +18,6 @@ from diffpref.core.random import PairRandom
 from diffpref.core.types import Conditioning, PreferenceBatch
 from diffpref.data.buckets import Shape
 from diffpref.data.loader import PairPixels, batches
-from diffpref.data.pairs import PairDataset
 from diffpref.data.sampler import Item
 
 MicroBatches = Callable[[], Iterable[list[Item]]]
@@ -71,37 +69,44 @@ class Encoder:
 class Encoded:
     """G groups after the autoencoder, on the CPU."""
 
-    moments: Tensor  # (G, K, 2, C, h, w): best picture first; mean and standard deviation
-    time_ids: Tensor  # (G, K, 6)
-    labels: Tensor  # (G,) probability that the first image is the better one
+    moments: Tensor  # (G, U, 2, C, h, w): best picture first; mean and standard deviation
+    time_ids: Tensor  # (G, U, 6)
+    relevance: Tensor  # (G, K)
     pair_ids: list[str]
-    prompts: list[str]
+    prompts: list[tuple[str, ...]]  # (G,) of K
     visits: list[int]
+    slots: tuple[int, ...] = (0, 1)  # (K,) which of the U pictures a slot shows
     scores: dict[str, Tensor] = field(default_factory=dict)  # by scorer (G, K), best picture first
 
 
-def scores_of(pairs: PairDataset, index: Sequence[int]) -> dict[str, Tensor]:
-    """The stored scores of pairs, float32 (G, 2) by scorer, chosen image first."""
-    rows = np.asarray(index)
-    order = np.where(pairs.p0[rows, None] >= 0.5, [[0, 1]], [[1, 0]])
-    return {name: torch.from_numpy(np.take_along_axis(x[rows], order, 1)).float() for name, x in pairs.scores.items()}
+def scores_of(pixels: PairPixels, index: Sequence[int]) -> dict[str, Tensor]:
+    """The stored scores of groups, float32 (G, K) by scorer, best picture first."""
+    return {name: torch.from_numpy(x).float() for name, x in pixels.scores(index).items()}
 
 
 def assemble(encoded: Encoded, encoder: Encoder) -> PreferenceBatch:
-    """Sample latents from their moments, drop prompts and encode the rest; every draw belongs to (seed, pair, visit)."""
+    """Sample latents from their moments, drop prompts and encode the rest; every draw belongs to (seed, pair, visit).
+
+    A picture that serves several slots is the same latent in all of them; a group loses all its prompts or none.
+    """
     draws = PairRandom(encoder.seed, tuple(encoded.pair_ids), tuple(encoded.visits))
     mean, sd = encoded.moments.unbind(2)
-    latents = mean + sd * draws.normal("posterior", mean.shape[1:])
-    empty = draws.uniform("empty_prompt") < encoder.proportion_empty_prompts
-    images = mean.shape[1]
-    cond = _conditioning(encoded.prompts, empty.tolist(), encoder).map(lambda x: x.expand(-1, images, *x.shape[2:]))
+    latents = (mean + sd * draws.normal("posterior", mean.shape[1:]))[:, encoded.slots]
+    empty = (draws.uniform("empty_prompt") < encoder.proportion_empty_prompts).tolist()
+    groups, images = encoded.relevance.shape
+    if all(len(set(prompts)) == 1 for prompts in encoded.prompts):
+        shared = _conditioning([prompts[0] for prompts in encoded.prompts], empty, encoder)
+        cond = shared.map(lambda x: x.expand(-1, images, *x.shape[2:]))
+    else:
+        flat = [prompt for prompts in encoded.prompts for prompt in prompts]
+        own = _conditioning(flat, [dropped for dropped in empty for _ in range(images)], encoder)
+        cond = own.map(lambda x: x.reshape(groups, images, *x.shape[2:]))
     if encoder.uses_time_ids:
-        cond = replace(cond, time_ids=encoded.time_ids.to(encoder.device))
-    relevance = torch.stack([encoded.labels, 1 - encoded.labels], 1)
+        cond = replace(cond, time_ids=encoded.time_ids[:, encoded.slots].to(encoder.device))
     return PreferenceBatch(
         latents.to(encoder.device),
         cond,
-        relevance.to(encoder.device),
+        encoded.relevance.to(encoder.device),
         tuple(encoded.pair_ids),
         tuple(encoded.visits),
         {name: x.to(encoder.device) for name, x in encoded.scores.items()},
@@ -109,9 +114,11 @@ def assemble(encoded: Encoded, encoder: Encoder) -> PreferenceBatch:
 
 
 def _conditioning(prompts: Sequence[str], empty: Sequence[bool], encoder: Encoder) -> Conditioning:
-    """Text conditioning (G, 1, ...) on the encoder's device, with the null prompt where `empty`."""
+    """Text conditioning (N, 1, ...) of N prompts on the encoder's device, with the null prompt where `empty`."""
     if encoder.prompt_cache is None:
-        rows = encoder.prompt_rows(prompts)
+        different = list(dict.fromkeys(prompts))
+        known = dict(zip(different, encoder.prompt_rows(different), strict=True))
+        rows = [known[prompt] for prompt in prompts]
     else:
         new = list(dict.fromkeys(p for p in prompts if p not in encoder.prompt_cache))
         encoder.prompt_cache.update(zip(new, (row.map(_kept) for row in encoder.prompt_rows(new)), strict=True))
@@ -154,16 +161,17 @@ def join(rows: Sequence[Conditioning]) -> Conditioning:
 def from_disk(pixels: PairPixels, micro_batches: MicroBatches, encoder: Encoder, num_workers: int = 0) -> Iterator[PreferenceBatch]:
     """Decode and encode every pair at every visit."""
     for batch in batches(pixels, micro_batches, num_workers):
-        moments = encoder.moments(batch["pixels"].flatten(0, 1)).unflatten(0, (-1, 2))
+        moments = encoder.moments(batch["pixels"].flatten(0, 1)).unflatten(0, batch["pixels"].shape[:2])
         yield assemble(
             Encoded(
                 moments,
                 batch["time_ids"],
-                batch["label"],
+                batch["relevance"],
                 batch["pair_id"],
-                batch["prompt"],
+                batch["prompts"],
                 batch["visit"].tolist(),
-                scores_of(pixels.pairs, batch["index"].tolist()),
+                pixels.slots,
+                scores_of(pixels, batch["index"].tolist()),
             ),
             encoder,
         )
@@ -171,19 +179,20 @@ def from_disk(pixels: PairPixels, micro_batches: MicroBatches, encoder: Encoder,
 
 @dataclass
 class LatentCache:
-    """Moments of all N pairs in memory, mirrored ones beside them when images are mirrored at random."""
+    """Moments of all N groups in memory, mirrored ones beside them when images are mirrored at random."""
 
     pixels: PairPixels
-    labels: Tensor  # (N,)
-    time_ids: Tensor  # (N, F, 2, 6), F = 2 with mirroring, else 1
-    moments: dict[Shape, Tensor]  # pixel shape -> (n, F, 2, 2, C, h, w) of the n pairs of that shape
-    place: Tensor  # (N,) int64, position of a pair among those of its shape
+    relevance: Tensor  # (N, K)
+    time_ids: Tensor  # (N, F, U, 6), F = 2 with mirroring, else 1
+    moments: dict[Shape, Tensor]  # pixel shape -> (n, F, U, 2, C, h, w) of the n groups of that shape
+    place: Tensor  # (N,) int64, position of a group among those of its shape
 
     @classmethod
     def build(cls, pixels: PairPixels, encoder: Encoder, batch_size: int = 16) -> LatentCache:
-        """Decode and encode every pair once (twice with mirroring)."""
+        """Decode and encode every group once (twice with mirroring)."""
         size, views = len(pixels), (0.0, 1.0) if pixels.flip_probability else (0.0,)
-        cache = cls(pixels, torch.empty(size), torch.empty(size, len(views), 2, 6), {}, torch.empty(size, dtype=torch.int64))
+        relevance, time_ids = torch.empty(size, len(pixels.slots)), torch.empty(size, len(views), pixels.num_pictures, 6)
+        cache = cls(pixels, relevance, time_ids, {}, torch.empty(size, dtype=torch.int64))
         chunks, filled = pixels.chunks(range(size), batch_size), dict.fromkeys(map(pixels.shape, range(size)), 0)
         for chunk in chunks:
             shape = pixels.shape(chunk[0][0])
@@ -192,24 +201,24 @@ class LatentCache:
         for view, mirrored in enumerate(views):
             for batch in batches(replace(pixels, flip_probability=mirrored), lambda: chunks):
                 index = batch["index"]
-                moments = encoder.moments(batch["pixels"].flatten(0, 1)).unflatten(0, (-1, 2))
+                moments = encoder.moments(batch["pixels"].flatten(0, 1)).unflatten(0, batch["pixels"].shape[:2])
                 shape = pixels.shape(int(index[0]))
                 if shape not in cache.moments:  # made at once: joining parts at the end would need twice the memory
                     cache.moments[shape] = torch.empty(filled[shape], len(views), *moments.shape[1:])
                 cache.moments[shape][cache.place[index], view] = moments
                 cache.time_ids[index, view] = batch["time_ids"]
-                cache.labels[index] = batch["label"]
+                cache.relevance[index] = batch["relevance"]
         return cache
 
     def batches(self, micro_batches: MicroBatches, encoder: Encoder) -> Iterator[PreferenceBatch]:
         """The same batches as `from_disk`, without decoding."""
-        pairs, image = self.pixels.pairs, torch.arange(2)
+        pixels, image = self.pixels, torch.arange(self.pixels.num_pictures)
         for items in micro_batches():
             index = torch.tensor([i for i, _ in items])
-            (shape,) = {self.pixels.shape(i) for i, _ in items}  # a micro-batch lies in one bucket
-            views = torch.tensor([self.pixels.draws(i, visit)[1] for i, visit in items]).long()  # (G, 2)
+            (shape,) = {pixels.shape(i) for i, _ in items}  # a micro-batch lies in one bucket
+            views = torch.tensor([pixels.draws(i, visit)[1] for i, visit in items]).long()  # (G, U)
             moments = self.moments[shape][self.place[index, None], views, image]
-            names = [pairs.pair_ids[i] for i, _ in items]
-            prompts, visits = [pairs.prompts[i] for i, _ in items], [visit for _, visit in items]
-            time_ids, scores = self.time_ids[index[:, None], views, image], scores_of(pairs, index.tolist())
-            yield assemble(Encoded(moments, time_ids, self.labels[index], names, prompts, visits, scores), encoder)
+            names = [pixels.group_id(i) for i, _ in items]
+            prompts, visits = [pixels.prompts(i) for i, _ in items], [visit for _, visit in items]
+            time_ids, scores = self.time_ids[index[:, None], views, image], scores_of(pixels, index.tolist())
+            yield assemble(Encoded(moments, time_ids, self.relevance[index], names, prompts, visits, pixels.slots, scores), encoder)

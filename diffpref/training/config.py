@@ -64,7 +64,9 @@ class TrainConfig:
     dataset_config_name: str | None = None
     """Configuration of a hub data set that has several."""
     data_format: str = "auto"
-    """Form of a row (pairs, chosen_rejected, votes, ranked, hpd) or of the files (parquet, jsonl, webdataset, folder); auto looks."""
+    """Form of a row or of the files; auto looks. Rows: pairs, chosen_rejected, votes, ranked, hpd, labelled, captions; files: parquet,
+
+    jsonl, webdataset, folder."""
     streaming: bool = False
     """Read the data while training, max_train_samples pairs of it; the first pass is shuffled within windows only (docs/data.md)."""
     split: str = "train"
@@ -81,6 +83,12 @@ class TrainConfig:
     """Column of the annotator."""
     ranked_pairs: Literal["all", "best_worst"] = "all"
     """Which pairs a ranked list of images gives: every pair of different rank, or the best against the worst."""
+    list_size: int | None = None
+    """Pictures of each ranked list that methods on lists use: longer lists are thinned out, shorter ones left out; all when not given."""
+    caption_edits: tuple[str, ...] = ()
+    """Sets of words, such as 'red green blue': where a second caption is missing, the prompt with a word exchanged within its set."""
+    desirable_share: float | None = None
+    """Share of good pictures among the single ones that Diffusion-KTO draws, 0.8 in its paper; that of the data when not given."""
     choice_model: str | None = None
     """Scorer whose columns <name>_0 and <name>_1 decide which image is preferred, in place of the label; equal scores are a tie."""
     dreamlike_pairs_only: bool = False

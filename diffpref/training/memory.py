@@ -140,12 +140,12 @@ def num_checkpoints(config: TrainConfig, first_step: int) -> int:
     return ahead if limit is None else min(ahead, limit + 1)
 
 
-def latent_cache_bytes(pairs: int, mirrored: bool, latent_numbers: int) -> int:
-    """Mean and deviation of both latents of every pair in float32, also of mirrored ones.
+def latent_cache_bytes(pictures: int, mirrored: bool, latent_numbers: int) -> int:
+    """Mean and deviation of the latents of all pictures in float32, also of mirrored ones.
 
     latent_numbers: C x h x w of one latent.
     """
-    return pairs * (2 if mirrored else 1) * 2 * 2 * latent_numbers * 4
+    return pictures * (2 if mirrored else 1) * 2 * latent_numbers * 4
 
 
 def words(size: float) -> str:

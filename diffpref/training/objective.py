@@ -12,6 +12,7 @@ import torch
 
 from diffpref.core.scores import score_range
 from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
+from diffpref.data.groups import Grouping
 from diffpref.data.pairs import PairDataset
 from diffpref.guards import GUARDS, Guard, guarded
 from diffpref.methods import METHODS, Method
@@ -19,9 +20,6 @@ from diffpref.methods.recipes import RECIPES
 from diffpref.paths import PATHS, Path
 from diffpref.paths.forward import ForwardNoising
 from diffpref.training.settings import Settings, build, names_of
-
-NEED_CAPTIONS = ("dcpo", "tdpo", "tkto")
-"""Recipes whose batches have a caption per picture."""
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,23 @@ class Objective:
         return self.method.needs_reference
 
     @property
+    def groups(self) -> Grouping:
+        """What a batch is made of: pairs unless a recipe says otherwise."""
+        return RECIPES[self.name].groups if self.name in RECIPES else "pairs"
+
+    @property
     def images_per_group(self) -> int | None:
         """Images of a group that it looks at; None for all of them."""
         return self.method.images_per_group
+
+    def check_images(self, count: int) -> None:
+        """Raises ValueError when a forward pass of `count` images, all processes together, is too small for the method."""
+        least = getattr(self.method, "least_images", 1)
+        if count < least:
+            raise ValueError(
+                f"method {self.name} compares an image with the mean of its batch, which holds {count} image over all processes; "
+                f"raise train_batch_size until there are {least} or more"
+            )
 
     def loss(self, batch: PreferenceBatch, evals: Sequence[Evaluation]) -> LossOutput:
         """The method's loss wearing the guards, in their order."""
@@ -89,10 +101,8 @@ def build_objective(recipe: str, settings: Settings, path: str | None = None, gu
 
 def _classes(recipe: str, path: str | None, guards: Sequence[str]) -> Iterator[tuple[type[Any], dict[str, Any]]]:
     """Method, path and guards with the settings that the recipe gives them."""
-    if recipe in NEED_CAPTIONS:
-        raise ValueError(f"method is {recipe!r}, which needs a caption for every picture; the readers give one per pair so far")
     if recipe not in RECIPES:
-        raise ValueError(f"method is {recipe!r}; accepted: {', '.join(name for name in RECIPES if name not in NEED_CAPTIONS)}")
+        raise ValueError(f"method is {recipe!r}; accepted: {', '.join(RECIPES)}")
     line = RECIPES[recipe]
     yield METHODS[line.method], dict(line.settings)
     if path is not None and path not in PATHS:

@@ -10,14 +10,15 @@ import numpy as np
 
 from diffpref.core.random import uniform
 from diffpref.data.forms import COLUMN_FLAGS
+from diffpref.data.groups import Grouping, with_captions
 from diffpref.data.pairs import PairDataset, read_pairs, split_held_out
 from diffpref.data.reading import Request
 from diffpref.data.streaming import stream_pairs
 from diffpref.training.config import TrainConfig
 
 
-def load_run_pairs(config: TrainConfig, is_main: bool) -> tuple[PairDataset, PairDataset | None]:
-    """(training pairs, held-out pairs or None). Their numbers are said on stderr.
+def load_run_pairs(config: TrainConfig, is_main: bool, grouping: Grouping = "pairs") -> tuple[PairDataset, PairDataset | None]:
+    """(training pairs, held-out pairs or None), with a caption per image where `grouping` asks for it. Their numbers go to stderr.
 
     Raises ValueError for data that cannot be used, in one line that names the setting; a table of bad rows goes to stderr.
     """
@@ -33,8 +34,15 @@ def load_run_pairs(config: TrainConfig, is_main: bool) -> tuple[PairDataset, Pai
         what = {"drop": "dropped", "keep": "kept as probability 0.5", "error": "refused"}[config.tie_policy]
         other = f", {pairs.left_out} pairs of other models left out" if config.dreamlike_pairs_only else ""
         print(f"{len(pairs)} pairs, {pairs.ties} ties {what}, {len(pairs.rejected)} rows rejected{other}", file=sys.stderr)
+    say = _print if is_main else None
+    if config.caption_edits and grouping not in ("captioned", "captions"):
+        raise ValueError(f"caption_edits is given, but method {config.method} takes one caption per pair; leave it out")
+    if grouping == "captions":  # before labels are flipped: they then say which caption is right
+        pairs = with_captions(pairs, grouping, config.caption_edits, config.seed, say)
     held_out = None
     if config.held_out_pairs:
+        if not pairs.has_two_images and grouping != "captions":
+            raise ValueError(f"held_out_pairs is {config.held_out_pairs}, but the data has single pictures and no pairs; leave it out")
         if config.held_out_pairs >= len(pairs):
             raise ValueError(f"held_out_pairs is {config.held_out_pairs}, but the data has {len(pairs)} pairs; leave some to train on")
         pairs, held_out = split_held_out(pairs, config.held_out_pairs, config.seed)
@@ -42,6 +50,9 @@ def load_run_pairs(config: TrainConfig, is_main: bool) -> tuple[PairDataset, Pai
         raise ValueError(f"held_out_pairs is {config.held_out_pairs}, which leaves no pair to train on; lower it")
     if config.label_noise_prob:
         pairs = flip_labels(pairs, config.label_noise_prob, config.seed)
+    if grouping == "captioned":  # after: the image that counts as preferred keeps the prompt
+        pairs = with_captions(pairs, grouping, config.caption_edits, config.seed, say)
+        held_out = held_out and with_captions(held_out, grouping, config.caption_edits, config.seed)
     return pairs, held_out
 
 

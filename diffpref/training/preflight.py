@@ -82,10 +82,11 @@ class Preflight:
         self, objective: Objective, backbone: Backbone, module: nn.Module, pixels: PairPixels, folder: Path, resume: Path | None
     ) -> None:
         """After loading and before anything is drawn or trained: memory and disk."""
+        objective.check_images(self.config.train_batch_size * self.accelerator.num_processes * len(pixels.slots))
         if not self.on:
             return
         budget = machine.device_memory(self.accelerator.device)
-        costs = RunCosts(self.config, objective, backbone, module, pixels.resolution, self.accelerator, len(pixels), budget)
+        costs = RunCosts(self.config, objective, backbone, module, pixels, self.accelerator, budget)
         self.costs = costs
         problems = self._memory(costs)
         if self.accelerator.is_main_process:

@@ -158,12 +158,12 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     preflight = Preflight(config, accelerator)
     preflight.check_start(Path(str(config.output_dir)))
     folder, resume, repository = claim_places(config, objective, accelerator)
-    pairs, held_out = load_run_pairs(config, accelerator.is_main_process)
+    pairs, held_out = load_run_pairs(config, accelerator.is_main_process, objective.groups)
     objective = fitted(objective, pairs)
     scorer = load_scorer(config.validation_scorer, accelerator.device) if accelerator.is_main_process else None
     with preflight.loading():
         backbone, module, frozen_copy = load_models(config, objective, accelerator.device)
-    pixels = new_pixels(config, pairs, backbone, accelerator.is_main_process)
+    pixels = new_pixels(config, pairs, backbone, objective.groups, accelerator.is_main_process)
     sampler = new_sampler(config, pixels)
     preflight.config = config = with_steps(config, sampler, accelerator)
     preflight.check_model(objective, backbone, module, pixels, folder, resume)
@@ -175,7 +175,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     validation = Validation.start(config, folder, backbone.pipeline, held_out, scorer) if validates else None
     first_step = restore(resume, folder, state, config, accelerator, pairs.fingerprint)
     policy, alone = backbone.predictor(wrapped), backbone.predictor(module)  # held-out pairs are one process's work
-    encoder = new_encoder(config, backbone, accelerator.device)
+    encoder = new_encoder(config, backbone, accelerator.device, pixels.num_pictures)
     run = Run(
         config=config,
         objective=objective,
@@ -198,7 +198,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     begin(run, preflight, partial(new_source, pixels=pixels, sampler=sampler, encoder=encoder, accelerator=accelerator), pairs, notes)
     if validation and held_out is not None and objective.needs_reference:
         reference = new_reference(backbone, module, frozen_copy, alone)
-        validation.accuracy = held_out_accuracy(config, held_out, backbone, alone, reference, encoder)
+        validation.accuracy = held_out_accuracy(config, held_out, objective.groups, backbone, alone, reference, encoder)
     return run
 
 

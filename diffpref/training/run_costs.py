@@ -5,6 +5,7 @@ from __future__ import annotations
 from accelerate import Accelerator
 from torch import nn
 
+from diffpref.data.loader import PairPixels
 from diffpref.models.backbone import Backbone, vae_factor
 from diffpref.models.lora import ATTENTION
 from diffpref.training.config import TrainConfig
@@ -28,20 +29,20 @@ class RunCosts:
         objective: Objective,
         backbone: Backbone,
         module: nn.Module,
-        resolution: int,
+        pixels: PairPixels,
         accelerator: Accelerator,
-        num_pairs: int,
         budget: int,
     ) -> None:
         self.config = config
         self.objective = objective
         self.backbone = backbone
         self.module = module
-        self.resolution = resolution
+        self.resolution = resolution = pixels.resolution
+        self.pictures, self.slots = pixels.num_pictures, len(pixels.slots)
         self.autocast = accelerator.mixed_precision != "no"
         self.on_gpu = accelerator.device.type == "cuda"
         self.budget = budget
-        self.cache = self._cache(num_pairs) if config.cache_latents else 0
+        self.cache = self._cache(len(pixels)) if config.cache_latents else 0
         self.counts = self._counts(accelerator.num_processes)
         self._steps: dict[tuple[int, bool], StepCost] = {}
         self._bound: int | None = upper_bound(backbone, module, 2 * self.images_per_group * config.train_batch_size, resolution)
@@ -50,8 +51,8 @@ class RunCosts:
 
     @property
     def images_per_group(self) -> int:
-        """Pictures of a pair that the method looks at."""
-        return self.objective.images_per_group or 2
+        """Pictures of a group that the method looks at."""
+        return min(self.objective.images_per_group or self.slots, self.slots)
 
     @property
     def is_bound(self) -> bool:
@@ -68,7 +69,7 @@ class RunCosts:
         if self._bound is not None:
             return self._bound
         vae = self.backbone.pipeline.vae
-        peaks = [self.step(config).activations, vae_bytes(vae, pictures_at_once(config), self.resolution)]
+        peaks = [self.step(config).activations, vae_bytes(vae, pictures_at_once(config, self.pictures), self.resolution)]
         if config.validation_steps:
             drawn = min(config.num_validation_images, 4)
             peaks.append(vae_bytes(vae, drawn, self.backbone.default_resolution, decode=True))
@@ -98,7 +99,7 @@ class RunCosts:
     def _cache(self, num_pairs: int) -> int:
         side = self.resolution // vae_factor(self.backbone.pipeline)
         numbers = self.backbone.pipeline.vae.config.latent_channels * side * side
-        return latent_cache_bytes(num_pairs, not self.config.no_hflip, numbers)
+        return latent_cache_bytes(num_pairs * self.pictures, not self.config.no_hflip, numbers)
 
     def _counts(self, num_processes: int) -> Counts:
         networks = [part for part in self.backbone.pipeline.components.values() if isinstance(part, nn.Module)]

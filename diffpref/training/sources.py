@@ -6,12 +6,14 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 
 from diffpref.core.types import Predict, PreferenceBatch
 from diffpref.data.buckets import Buckets, bucket_shapes, read_sizes
+from diffpref.data.groups import Grouping, Groups, arranged
 from diffpref.data.loader import PairPixels
 from diffpref.data.pairs import PairDataset
 from diffpref.data.sampler import PairSampler
@@ -22,13 +24,20 @@ from diffpref.training.models import check_resolution
 from diffpref.training.validation import HeldOut
 
 
-def new_pixels(config: TrainConfig, pairs: PairDataset, backbone: Backbone, say: bool) -> PairPixels:
-    """The training pairs as pixels; with buckets the sizes of all pictures are read, and `say` prints the table of the buckets.
+def new_pixels(config: TrainConfig, pairs: PairDataset, backbone: Backbone, grouping: Grouping, is_main: bool) -> PairPixels:
+    """What is trained on as pixels: the pairs, or groups made of them.
 
-    Raises ValueError when the model cannot take resolution or bucket_step, or a picture has no readable size.
+    With buckets the sizes of all pictures are read, and the main process prints their table. Raises ValueError when the model cannot
+    take resolution or bucket_step, the data has not what the groups are made of, or a picture has no readable size.
     """
-    buckets = new_buckets(config, pairs, backbone, say)
-    if buckets and say:
+    groups = arranged(pairs, grouping, config.list_size, partial(print, file=sys.stderr) if is_main else None)
+    if grouping == "captions" and config.proportion_empty_prompts:
+        raise ValueError(
+            f"proportion_empty_prompts is {config.proportion_empty_prompts}, but method {config.method} compares captions: under the empty "
+            "prompt there is nothing to compare; use 0"
+        )
+    buckets = new_buckets(config, pairs if groups is None else groups, backbone, is_main)
+    if buckets and is_main:
         print(buckets.table(config.train_batch_size), file=sys.stderr)
     return PairPixels(
         pairs,
@@ -38,10 +47,11 @@ def new_pixels(config: TrainConfig, pairs: PairDataset, backbone: Backbone, say:
         random_crop=config.random_crop,
         flip_mode=config.flip_mode,
         buckets=buckets,
+        groups=groups,
     )
 
 
-def new_buckets(config: TrainConfig, pairs: PairDataset, backbone: Backbone, progress: bool) -> Buckets | None:
+def new_buckets(config: TrainConfig, pairs: PairDataset | Groups, backbone: Backbone, progress: bool) -> Buckets | None:
     """The aspect-ratio buckets of these pairs, None without aspect_ratio_buckets. Raises ValueError like `new_pixels`."""
     resolution, factor = check_resolution(config, backbone), backbone.pixel_factor
     if not config.aspect_ratio_buckets:
@@ -56,12 +66,19 @@ def new_buckets(config: TrainConfig, pairs: PairDataset, backbone: Backbone, pro
 
 
 def new_sampler(config: TrainConfig, pixels: PairPixels) -> PairSampler:
-    """The order of the training pairs."""
-    return PairSampler(len(pixels), config.seed, pixels.buckets.of_pair if pixels.buckets else None)
+    """The order of the training groups. Raises ValueError for a desirable_share that cannot be drawn."""
+    buckets = pixels.buckets.of_pair if pixels.buckets else None
+    if config.desirable_share is None:
+        return PairSampler(len(pixels), config.seed, buckets)
+    if pixels.groups is None or pixels.slots != (0,):
+        raise ValueError(f"desirable_share is {config.desirable_share}, but method {config.method} draws no single pictures; leave it out")
+    if buckets is not None:
+        raise ValueError("desirable_share is given together with aspect_ratio_buckets, which have orders of their own; drop one of them")
+    return PairSampler(len(pixels), config.seed, balance=(pixels.groups.relevance[:, 0] >= 0.5, config.desirable_share))
 
 
-def new_encoder(config: TrainConfig, backbone: Backbone, device: torch.device) -> Encoder:
-    """The frozen encoders of the model, with the run's prompt dropout."""
+def new_encoder(config: TrainConfig, backbone: Backbone, device: torch.device, pictures: int = 2) -> Encoder:
+    """The frozen encoders of the model, with the run's prompt dropout; pictures: those of a group."""
     return Encoder(
         encode_moments=backbone.encode_moments,
         encode_prompts=backbone.encode_prompts,
@@ -71,14 +88,14 @@ def new_encoder(config: TrainConfig, backbone: Backbone, device: torch.device) -
         seed=config.seed,
         proportion_empty_prompts=config.proportion_empty_prompts,
         prompt_cache={} if config.cache_latents else None,
-        pictures_at_once=pictures_at_once(config),
+        pictures_at_once=pictures_at_once(config, pictures),
         prompts_at_once=config.train_batch_size,
     )
 
 
-def pictures_at_once(config: TrainConfig) -> int:
+def pictures_at_once(config: TrainConfig, per_group: int = 2) -> int:
     """The most pictures, up to vae_encode_batch_size, that divide those of a micro-batch, so that no part has to be filled up."""
-    pictures = 2 * config.train_batch_size
+    pictures = per_group * config.train_batch_size
     return next(n for n in range(config.vae_encode_batch_size, 0, -1) if pictures % n == 0)
 
 
@@ -102,10 +119,17 @@ def new_source(
 
 
 def held_out_accuracy(
-    config: TrainConfig, held_out: PairDataset, backbone: Backbone, policy: Predict, reference: Predict, encoder: Encoder
+    config: TrainConfig,
+    held_out: PairDataset,
+    grouping: Grouping,
+    backbone: Backbone,
+    policy: Predict,
+    reference: Predict,
+    encoder: Encoder,
 ) -> HeldOut:
-    """Implicit accuracy on the held-out pairs, with their full prompts and without mirroring."""
-    buckets = new_buckets(config, held_out, backbone, progress=False)
-    pixels = PairPixels(held_out, check_resolution(config, backbone), config.seed, buckets=buckets)
+    """Implicit accuracy on the held-out pairs, with their full prompts and without mirroring; lists and single pictures as pairs."""
+    groups = arranged(held_out, grouping) if grouping in ("captioned", "captions") else None
+    buckets = new_buckets(config, held_out if groups is None else groups, backbone, progress=False)
+    pixels = PairPixels(held_out, check_resolution(config, backbone), config.seed, buckets=buckets, groups=groups)
     plain = dataclasses.replace(encoder, proportion_empty_prompts=0.0, prompt_cache={})
     return HeldOut.build(policy, reference, backbone.process, pixels, plain, config.train_batch_size)

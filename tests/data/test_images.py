@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
-from diffpref.data.images import ImageError, ImageLimits, decode_image, image_size, prepare_pair
+from diffpref.data.images import ImageError, ImageLimits, decode_image, image_size, prepare_images
 
 
 def _noise(height: int, width: int, seed: int = 0) -> Image.Image:
@@ -235,7 +235,7 @@ def _to_bytes(pixels: torch.Tensor) -> np.ndarray:
 
 def test_an_image_of_the_right_size_passes_untouched() -> None:
     first, second = _noise(16, 16, 1), _noise(16, 16, 2)
-    pixels, time_ids = prepare_pair(first, second, (16, 16), crop=(0.99, 0.5))
+    pixels, time_ids = prepare_images([first, second], (16, 16), crop=(0.99, 0.5))
     assert pixels.shape == (2, 3, 16, 16)
     assert pixels.dtype == torch.float32
     assert np.array_equal(_to_bytes(pixels[0]), np.asarray(first))
@@ -245,20 +245,20 @@ def test_an_image_of_the_right_size_passes_untouched() -> None:
 
 def test_crop_is_shared_as_a_share_of_the_slack() -> None:
     wide, tall = _noise(8, 20, 1), _noise(40, 16, 2)
-    pixels, time_ids = prepare_pair(wide, tall, (8, 8), crop=(0.5, 0.25))
+    pixels, time_ids = prepare_images([wide, tall], (8, 8), crop=(0.5, 0.25))
     assert time_ids.tolist() == [[8, 20, 0, 3, 8, 8], [40, 16, 6, 0, 8, 8]]
     assert np.array_equal(_to_bytes(pixels[0]), np.asarray(wide)[:, 3:11])
 
 
 def test_random_crops_reach_both_ends() -> None:
     image = _noise(8, 20)
-    lefts = {int(prepare_pair(image, image, (8, 8), crop=(0.0, (i + 0.5) / 26))[1][0, 3]) for i in range(26)}
+    lefts = {int(prepare_images([image, image], (8, 8), crop=(0.0, (i + 0.5) / 26))[1][0, 3]) for i in range(26)}
     assert lefts == set(range(13))
 
 
 def test_flip_mirrors_what_is_shown_and_its_offsets() -> None:
     image = _noise(8, 21)
-    pixels, time_ids = prepare_pair(image, image, (8, 8), crop=(0.0, 0.0), flips=(True, True))
+    pixels, time_ids = prepare_images([image, image], (8, 8), crop=(0.0, 0.0), flips=(True, True))
     assert np.array_equal(_to_bytes(pixels[0]), np.asarray(image)[:, ::-1][:, :8])
     assert torch.equal(pixels[0], pixels[1])
     assert time_ids[0, 3] == 0
@@ -269,7 +269,7 @@ def test_equals_resize_then_centre_crop(height: int, width: int) -> None:
     image, size = _noise(height, width), 24
     short = min(height, width)
     resized = image.resize((size * width // short, size * height // short), Image.Resampling.BILINEAR)
-    pixels, time_ids = prepare_pair(image, image, (size, size))
+    pixels, time_ids = prepare_images([image, image], (size, size))
     top, left = int(time_ids[0, 2]), int(time_ids[0, 3])
     assert (top, left) == (round((resized.height - size) / 2), round((resized.width - size) / 2))
     want = np.asarray(resized).astype(int)[top : top + size, left : left + size]
@@ -287,7 +287,7 @@ def test_other_shapes_are_covered_and_cut(height: int, width: int, size: tuple[i
     slack = covered[0] - size[0], covered[1] - size[1]
     top, left = (round(slack[i] / 2) if crop is None else int(crop[i] * (slack[i] + 1)) for i in (0, 1))
     want = np.asarray(image.resize(covered[::-1], Image.Resampling.BILINEAR)).astype(int)[top : top + size[0], left : left + size[1]]
-    pixels, time_ids = prepare_pair(image, image, size, crop)
+    pixels, time_ids = prepare_images([image, image], size, crop)
     assert pixels.shape == (2, 3, *size)
     assert time_ids.tolist() == [[height, width, top, left, *size]] * 2
     assert np.abs(_to_bytes(pixels[0]).astype(int) - want).max() <= 1
@@ -295,22 +295,22 @@ def test_other_shapes_are_covered_and_cut(height: int, width: int, size: tuple[i
 
 def test_time_ids_of_a_portrait_and_a_panorama_in_one_bucket() -> None:
     portrait, panorama = _noise(60, 40), _noise(20, 100)
-    _, time_ids = prepare_pair(portrait, panorama, (24, 32))
+    _, time_ids = prepare_images([portrait, panorama], (24, 32))
     # 60 x 40 to 48 x 32, 24 rows too many; 20 x 100 to 24 x 120, 88 columns too many
     assert time_ids.tolist() == [[60, 40, 12, 0, 24, 32], [20, 100, 0, 44, 24, 32]]
 
 
 def test_each_image_has_its_own_flip() -> None:
     image = _noise(8, 12)
-    plain, _ = prepare_pair(image, image, (8, 12))
+    plain, _ = prepare_images([image, image], (8, 12))
     for flips in ((True, False), (False, True), (True, True)):
-        pixels, _ = prepare_pair(image, image, (8, 12), flips=flips)
+        pixels, _ = prepare_images([image, image], (8, 12), flips=flips)
         for got, before, flip in zip(pixels, plain, flips, strict=True):
             assert torch.equal(got, before.flip(-1) if flip else before)
 
 
 def test_extreme_aspect_needs_little_memory() -> None:
-    pixels, time_ids = prepare_pair(Image.new("RGB", (16_384, 1), "white"), _noise(9, 9), (512, 512))
+    pixels, time_ids = prepare_images([Image.new("RGB", (16_384, 1), "white"), _noise(9, 9)], (512, 512))
     assert pixels[0].min() == 1
     assert time_ids[0].tolist() == [1, 16_384, 0, (16_384 * 512 - 512) / 2, 512, 512]
 
@@ -318,6 +318,6 @@ def test_extreme_aspect_needs_little_memory() -> None:
 def test_wrong_settings_are_named() -> None:
     image = _noise(8, 8)
     with pytest.raises(ValueError, match="size is 8 x 0"):
-        prepare_pair(image, image, (8, 0))
+        prepare_images([image, image], (8, 0))
     with pytest.raises(ValueError, match=r"crop is \(0\.5, 1\.0\)"):
-        prepare_pair(image, image, (8, 8), crop=(0.5, 1.0))
+        prepare_images([image, image], (8, 8), crop=(0.5, 1.0))

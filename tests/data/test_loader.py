@@ -49,9 +49,9 @@ def test_batch_shapes(pairs: PairDataset) -> None:
     assert batch["pixels"].shape == (4, 2, 3, 8, 8)
     assert batch["time_ids"].shape == (4, 2, 6)
     assert batch["index"].dtype == batch["visit"].dtype == torch.int64
-    assert (batch["chosen_first"].dtype, batch["label"].dtype) == (torch.bool, torch.float32)
+    assert (batch["chosen_first"].dtype, batch["relevance"].dtype) == (torch.bool, torch.float32)
     assert batch["pair_id"] == [pairs.pair_ids[index] for index in batch["index"]]
-    assert batch["prompt"] == [pairs.prompts[index] for index in batch["index"]]
+    assert batch["prompts"] == [(pairs.prompts[index],) * 2 for index in batch["index"]]
 
 
 def test_a_finite_order_ends(pairs: PairDataset) -> None:
@@ -67,7 +67,7 @@ def test_the_chosen_image_comes_first(make_columns: Any) -> None:
     other = PairPixels(load_pairs(pa.table(turned), tie_policy="keep"), resolution=8)
     samples = [straight[index, 0] for index in range(3)]
     assert [sample["chosen_first"] for sample in samples] == [True, False, True]
-    assert [sample["label"] for sample in samples] == [1.0, 0.8, 0.5]
+    assert [float(sample["relevance"][0]) for sample in samples] == pytest.approx([1.0, 0.8, 0.5])
     for index in range(2):
         assert torch.equal(samples[index]["pixels"], other[index, 0]["pixels"])
     assert torch.equal(samples[2]["pixels"], other[2, 0]["pixels"].flip(0))

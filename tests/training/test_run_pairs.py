@@ -37,7 +37,7 @@ def test_label_noise_of_one_swaps_chosen_and_rejected(load: Load) -> None:
         a, b = PairPixels(plain, 32)[index, 0], PairPixels(turned, 32)[index, 0]
         assert torch.equal(a["pixels"], b["pixels"].flip(0))
         assert a["chosen_first"] != b["chosen_first"]
-        assert a["label"] == b["label"] == 1
+        assert a["relevance"].tolist() == b["relevance"].tolist() == [1, 0]
 
 
 def test_label_noise_is_fixed_per_pair_and_about_as_frequent_as_asked(load: Load) -> None:
