@@ -39,7 +39,7 @@ QUIET = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a subcommand; returns the exit code: 2 for a mistake of the user, 3 after non-finite updates, 130/143 after a signal."""
+    """Run a subcommand; returns the exit code: 2 for a mistake of the user, others as in docs/reliability.md."""
     for name, value in QUIET.items():
         os.environ.setdefault(name, value)
     words = list(sys.argv[1:] if argv is None else argv)
@@ -195,17 +195,13 @@ def _check_model_and_data(settings: dict[str, Any]) -> None:
 def _run(config: Any, objective: Any, num_eval_prompts: int | None, notes: list[str]) -> int:
     """Align, and with num_eval_prompts compare with the testbed's base. `notes` say where settings came from."""
     from diffpref.training.align import align, refresh_card
-    from diffpref.training.stopping import NotFinite, Stopped
+    from diffpref.training.stopping import Ended, say_end
 
     _no_loading_bars()
     try:
         aligned = align(config, objective, notes)
-    except Stopped as stop:
-        print(stop, file=sys.stderr, flush=True)
-        return stop.code
-    except NotFinite as problem:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        return 3
+    except Ended as end:
+        return say_end(end)
     if aligned.is_main_process and num_eval_prompts:
         from diffpref.testbed.demo import report_run
 

@@ -19,8 +19,13 @@ def generator(seed: int, purpose: str, *key: int | str) -> torch.Generator:
 
     `purpose` names what is drawn ("noise", "timestep", "order", ...), so that two uses of one key stay independent.
     """
+    return torch.Generator().manual_seed(derived(seed, purpose, *key))
+
+
+def derived(seed: int, purpose: str, *key: int | str) -> int:
+    """Another seed, in [0, 2**63)."""
     digest = hashlib.blake2b(repr((seed, purpose, *key)).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
+    return int.from_bytes(digest, "big") >> 1
 
 
 def uniform(seed: int, purpose: str, *key: int | str) -> float:

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from diffpref.core.types import Evaluation, PreferenceBatch
 
+SATURATED_SLOPE = 0.01
+"""Gradient of -log sigmoid by the margin below which a pair teaches hardly anything more; a margin of about 4.6."""
+
 
 def mean_squared_error(prediction: Tensor, target: Tensor) -> Tensor:
     """Mean over (C, h, w) of the squared difference, in float32 or better. (G, K, C, h, w) -> (G, K)."""
@@ -52,11 +55,13 @@ def margin_metrics(reward: Tensor) -> dict[str, Tensor]:
     reward = reward.detach()
     margin = reward[:, 0] - reward[:, -1]
     accuracy = (margin > 0).float() + 0.5 * (margin == 0).float()
+    flat = torch.sigmoid(-margin.abs()) < SATURATED_SLOPE
     return {
         "rewards/chosen": reward[:, 0].mean(),
         "rewards/rejected": reward[:, -1].mean(),
         "rewards/margins": margin.mean(),
         "rewards/accuracies": accuracy.mean(),
+        "rewards/saturated": flat.float().mean(),
     }
 
 

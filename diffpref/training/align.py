@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
 
 from diffpref.methods import Method
 from diffpref.training.config import TrainConfig
 from diffpref.training.export import export
 from diffpref.training.hub import upload
 from diffpref.training.loop import train
+from diffpref.training.memory import words
 from diffpref.training.model_card import CARD_FILE, PICTURE, write_card
 from diffpref.training.objective import Objective, as_objective
-from diffpref.training.run import prepare_run
+from diffpref.training.preflight import brief
+from diffpref.training.run import Run, prepare_run
 from diffpref.training.run_folder import CONFIG_FILE
+from diffpref.training.stopping import NotSaved, OutOfMemory
 
 
 @dataclass(frozen=True)
@@ -35,8 +42,8 @@ def align(config: TrainConfig, method: Method | Objective, notes: Sequence[str] 
     `method` is one of METHODS, any object with the same attributes (docs/extend.md), or an Objective with its path and guards.
     `notes` are lines about where settings came from; they are printed and stored in the manifest.
 
-    Raises ValueError for settings and data that cannot work, and when the upload fails after everything was written; Stopped after a
-    signal, NotFinite after three non-finite updates in a row: then the newest checkpoint is complete.
+    Raises ValueError for settings and data that cannot work, and when the upload fails after everything was written; one of the ends
+    of stopping.py for a run that cannot go on: then the newest checkpoint is complete.
     """
     objective = as_objective(method)
     name = objective.name
@@ -45,20 +52,54 @@ def align(config: TrainConfig, method: Method | Objective, notes: Sequence[str] 
     run = prepare_run(dataclasses.replace(config, method=name, output_dir=folder), objective, notes)
     loaded = time.perf_counter()
     try:
-        train(run)
+        with memory_explained(run):
+            train(run)
     finally:
         run.log.close()
     trained = time.perf_counter()
     if run.accelerator.is_main_process:
-        with run.exported():
-            names = export(run.backbone.pipeline, run.folder, config.tune, config.merge_lora)
+        try:
+            with run.exported():
+                names = export(run.backbone.pipeline, run.folder, config.tune, config.merge_lora)
+        except (OSError, SafetensorError) as error:
+            raise NotSaved(f"the aligned model could not be written ({error}); {again(run)}") from error
         write_card(run.folder, run.repository)
         if run.repository:
             upload(config, run.repository, run.folder, [*names, CARD_FILE, CONFIG_FILE], "Aligned model")
     run.accelerator.wait_for_everyone()
     run.accelerator.end_training()
+    if run.unsaved:
+        raise NotSaved(f"the aligned model is written, but the checkpoint of the last step could not be; {again(run)}")
     timings = {"loading": loaded - start, "training": trained - loaded}
     return Aligned(run.folder, run.accelerator.is_main_process, run.repository, timings)
+
+
+def again(run: Run) -> str:
+    """How to repeat what failed."""
+    return f"make space, then repeat the command with --resume_from_checkpoint latest --output_dir {run.folder}"
+
+
+@contextmanager
+def memory_explained(run: Run) -> Iterator[None]:
+    """Turn a lack of memory within the block into OutOfMemory, which says what would fit."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
+        if not is_memory:
+            raise
+        preflight = run.preflight
+        counted = preflight.found.get("memory") if preflight else None
+        advice = preflight.advice(0.9 * counted["bytes"]) if preflight and counted else "use a smaller train_batch_size, or tune lora"
+        parts = ", ".join(f"{name} {words(size)}" for name, size in (counted or {}).items() if name not in _NO_PARTS)
+        why = brief(error) + (f"; counted: {parts}" if parts else "")
+        raise OutOfMemory(
+            f"a step did not fit into the memory of {run.accelerator.device} ({why}); {advice}. "
+            f"Continue with --resume_from_checkpoint latest --output_dir {run.folder}"
+        ) from error
+
+
+_NO_PARTS = ("bytes", "is_upper_bound", "available")
 
 
 def refresh_card(aligned: Aligned, config: TrainConfig) -> None:

@@ -2,6 +2,7 @@
 
 A checkpoint is written into a hidden folder, listed in a manifest with sizes and SHA-256, flushed to disk and renamed. A
 kill or a full disk at any moment therefore leaves the newest complete one in place; the oldest is removed afterwards.
+Who writes into a run folder holds its lock (run_folder.py), so that nobody takes a checkpoint that is being written for a leftover.
 Nothing is unpickled, and no generator state is needed: every draw of the run is keyed (core/random.py).
 
 A checkpoint holds what is trained; with early stopping best-<step> holds the weights of the best validation, in the same format.
@@ -9,15 +10,18 @@ A checkpoint holds what is trained; with early stopping best-<step> holds the we
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -34,7 +38,8 @@ def save_checkpoint(
     """
     final = write_folder(run_folder / f"checkpoint-{step}", step, tensors, state)
     for old in checkpoints(run_folder)[: -keep if keep else 0]:
-        shutil.rmtree(old, ignore_errors=True)
+        if old != final:  # which is the oldest when somebody copied later ones into the folder
+            shutil.rmtree(old, ignore_errors=True)
     return final
 
 
@@ -54,6 +59,28 @@ def drop_best_after(run_folder: Path, step: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
+def set_aside_after(run_folder: Path, step: int) -> list[str]:
+    """Rename checkpoints of later steps to later-... and return their names: a run that continues from `step` has another future.
+
+    Kept as they are they would be resumed from in its place, or push its own out when old ones are removed.
+    """
+    later = [folder for folder in checkpoints(run_folder) if _step_of(folder) > step]
+    for folder in later:
+        _rename_away(folder, "later")
+    return [folder.name for folder in later]
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("checkpoint-"))
+
+
+def _rename_away(folder: Path, why: str) -> Path:
+    """Rename a folder to <why>-<its name>, numbered when there is one already: nothing is overwritten."""
+    names = [f"{why}-{folder.name}", *(f"{why}-{folder.name}-{n}" for n in range(2, 1000))]
+    aside = next(place for name in names if not (place := folder.with_name(name)).exists())
+    return folder.rename(aside)
+
+
 def load_best(run_folder: Path, step: int) -> dict[str, Tensor] | None:
     """The weights of best-<step>; None if it is damaged or gone."""
     folder = run_folder / f"best-{step}"
@@ -69,10 +96,13 @@ def write_folder(final: Path, step: int, tensors: Mapping[str, Mapping[str, Tens
         bad = [name for name, x in named.items() if not torch.isfinite(x).all()]
         if bad:
             raise FloatingPointError(f"checkpoint of step {step} not written: {part} {bad[0]} is not finite")
+    needed, free = num_bytes(tensors), shutil.disk_usage(run_folder).free
+    if needed > free:
+        raise OSError(errno.ENOSPC, f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
     try:
-        hidden.mkdir(parents=True)
+        hidden.mkdir()
         for part, named in tensors.items():
-            save_file(_separate(named), hidden / f"{part}.safetensors")
+            _save_tensors(_separate(named), hidden / f"{part}.safetensors")
         (hidden / "trainer_state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
         files = {p.name: {"bytes": p.stat().st_size, "sha256": _digest(p)} for p in sorted(hidden.iterdir())}
         (hidden / _MANIFEST).write_text(json.dumps(files, indent=1))
@@ -85,6 +115,21 @@ def write_folder(final: Path, step: int, tensors: Mapping[str, Mapping[str, Tens
         shutil.rmtree(hidden, ignore_errors=True)
         raise
     return final
+
+
+def num_bytes(tensors: Mapping[str, Mapping[str, Tensor]]) -> int:
+    """Size of all tensors."""
+    return sum(x.numel() * x.element_size() for named in tensors.values() for x in named.values())
+
+
+def _save_tensors(named: dict[str, Tensor], path: Path) -> None:
+    """Raises OSError also where the library raises a type of its own, as it does for a full disk."""
+    try:
+        save_file(named, path)
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        code = int(found[1]) if found else errno.EIO
+        raise OSError(code, os.strerror(code) if found else str(error)) from error
 
 
 def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -100,13 +145,18 @@ def _separate(named: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def checkpoints(run_folder: Path) -> list[Path]:
     """All checkpoint folders, oldest first."""
     found = [p for p in run_folder.glob("checkpoint-*") if p.name.removeprefix("checkpoint-").isdigit()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("checkpoint-")))
+    return sorted(found, key=_step_of)
 
 
 def is_complete(folder: Path) -> bool:
-    """Whether every file of the manifest is there with its size and SHA-256."""
+    """Whether every file of the manifest is there with its size and SHA-256, and its step is that of its name."""
     try:
         files = json.loads((folder / _MANIFEST).read_text())
+        if not files or any(Path(n).name != n for n in files):  # a manifest names files beside it
+            return False
+        named, step = folder.name.rpartition("-")[2], json.loads((folder / "trainer_state.json").read_text())["step"]
+        if named.isdigit() and int(named) != step:
+            return False  # a renamed folder would continue at the wrong step
         return all((folder / n).stat().st_size == f["bytes"] and _digest(folder / n) == f["sha256"] for n, f in files.items())
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -129,9 +179,7 @@ def find_checkpoint(run_folder: Path, wanted: str) -> tuple[Path | None, list[st
     for folder in reversed(checkpoints(run_folder)):
         if is_complete(folder):
             return folder, warnings
-        aside = folder.with_name(f"bad-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        aside = _rename_away(folder, "bad")
         warnings.append(f"{folder.name} is damaged or incomplete and was renamed to {aside.name}")
     damaged = sorted(p.name for p in run_folder.glob("bad-checkpoint-*"))
     if damaged:

@@ -181,6 +181,10 @@ class TrainConfig:
     """Optimizer steps between checkpoints."""
     checkpoints_total_limit: int | None = None
     """Keep this many checkpoints; the oldest goes after the newest is complete."""
+    save_in_background: bool = False
+    """Write checkpoints while training goes on, from a copy of the tensors in RAM."""
+    non_finite: Literal["skip", "stop", "roll_back"] = "skip"
+    """After a loss or gradient that is not finite: skip the update (3 in a row end the run), stop, or go back to the last checkpoint."""
     resume_from_checkpoint: str | None = None
     """Continue from a checkpoint folder, or from the newest complete one of output_dir with "latest"."""
     validation_steps: int | None = None

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedType
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import ProjectConfiguration, gather_object
+from torch import Tensor
 
 from diffpref.models.attention import check_xformers
 from diffpref.training.config import TrainConfig
@@ -65,6 +67,30 @@ def check_precision(config: TrainConfig, precision: str, on_cpu: bool) -> None:
         raise ValueError(f"mixed_precision is bf16, which {name} only emulates; use fp16, where the loss is scaled against underflow")
     if config.allow_tf32:
         raise ValueError(f"allow_tf32 is true, but {name} has no TF32; leave it out, or use mixed_precision fp16")
+
+
+def check_ranks_agree(accelerator: Accelerator, facts: Mapping[str, object]) -> None:
+    """Raises ValueError on all ranks when they were started with other settings or read other data. Every rank has to call this."""
+    if accelerator.num_processes == 1:
+        return
+    found: list[dict[str, str]] = gather_object([{name: str(value) for name, value in facts.items()}])
+    differing = [name for name in found[0] if len({str(other.get(name)) for other in found}) > 1]
+    if differing:
+        values = "; ".join(f"{name}: {', '.join(dict.fromkeys(str(other.get(name))[:80] for other in found))}" for name in differing)
+        raise ValueError(f"the processes disagree ({values}); start all of them with the same command, on the same data")
+
+
+def check_same_weights(accelerator: Accelerator, weights: Mapping[str, Tensor]) -> None:
+    """Ranks hold the same weights, or the run is not data-parallel training. Every rank has to call this.
+
+    Raises RuntimeError otherwise, which no setting can cause.
+    """
+    if accelerator.num_processes == 1:
+        return
+    total = torch.stack([p.detach().double().sum() for p in weights.values()])[None]
+    found = accelerator.gather(total)
+    if not all(torch.equal(other, found[0]) for other in found):
+        raise RuntimeError("the processes hold different weights: gradients were not averaged. Please report this as a defect")
 
 
 def pairs_per_update(config: TrainConfig, accelerator: Accelerator) -> int:

@@ -13,11 +13,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 
 from diffpref.core.policy import evaluate, two_pass_backward
 from diffpref.core.types import LossOutput, PreferenceBatch
-from diffpref.training.stopping import MAX_OVERFLOWS, MAX_SKIPPED, NotFinite, Stopped, StopSignals
+from diffpref.training.alarms import Alarms
+from diffpref.training.stopping import MAX_OVERFLOWS, MAX_RETURNS, MAX_SKIPPED, NotFinite, Stopped, StopSignals
 
 if TYPE_CHECKING:  # run.py imports the probe, which learns as this file does
     from diffpref.training.run import Run
@@ -29,16 +31,17 @@ UNTOUCHED_LIMIT = {"no": 1e-4, "bf16": 1e-2, "fp16": 1e-2}
 def train(run: Run) -> None:
     """Run until max_train_steps, saving checkpoints and validating on the way.
 
-    Raises Stopped after a signal (everything is saved), NotFinite after three non-finite updates in a row.
+    Raises Stopped after a signal (everything is saved), NotFinite when updates stay not finite, NotSaved when the folder is gone.
     """
     config, accelerator = run.config, run.accelerator
-    skipped = 0
+    skipped, alarms, steps = 0, Alarms(), run.steps()
+    step = steps.start
     with StopSignals() as signals, closing(run.log.bar):  # what is said about the end then stands below the bar
-        for step in run.steps():
+        while step < steps.stop:
             computing = 0.0
             seen: list[str] = []
             for micro_step in range(config.gradient_accumulation_steps):
-                batch = next(run.source)
+                batch = next_batch(run, step, micro_step)
                 start = time.perf_counter()
                 is_last = micro_step == config.gradient_accumulation_steps - 1
                 with nullcontext() if is_last else accelerator.no_sync(run.wrapped):
@@ -52,11 +55,40 @@ def train(run: Run) -> None:
             start = time.perf_counter()
             values["grad_norm"] = update(run, values["loss"])
             values["time/compute"] = computing + time.perf_counter() - start
-            skipped = count_skipped(run, step, values, seen, skipped)
+            skipped, earlier = after_update(run, step, values, seen, skipped)
+            if earlier is not None:
+                step = earlier
+                continue
+            for kind, text in alarms.look(values):
+                run.log.event(step + 1, kind, f"step {step + 1}: {text}", pairs=seen)
             run.scheduler.step()
             run.log.write(step + 1, values)
             if finish_step(run, step + 1, signals.code):
                 break
+            step += 1
+
+
+def next_batch(run: Run, step: int, micro_step: int) -> PreferenceBatch:
+    """The next micro-batch. Workers that were killed or hang are replaced once, at the same place.
+
+    Raises ValueError when their replacements fail too.
+    """
+    try:
+        return next(run.source)
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        run.log.event(step + 1, "workers lost", f"step {step + 1}: {error}; started anew")
+    try:
+        run.open_source(step)
+        for _ in range(micro_step):
+            next(run.source)
+        return next(run.source)
+    except RuntimeError as error:
+        raise ValueError(
+            f"dataloader_num_workers is {run.config.dataloader_num_workers}, and workers were lost twice at step {step + 1} ({error}); "
+            "use fewer, or 0, and look at the machine's memory"
+        ) from error
 
 
 def learn(run: Run, batch: PreferenceBatch) -> LossOutput:
@@ -96,19 +128,30 @@ def update(run: Run, loss: float) -> float:
     return norm
 
 
-def count_skipped(run: Run, step: int, values: dict[str, float], pair_ids: list[str], skipped: int) -> int:
-    """Report a non-finite update; raises NotFinite at the third in a row."""
+def after_update(run: Run, step: int, values: dict[str, float], pair_ids: list[str], skipped: int) -> tuple[int, int | None]:
+    """(non-finite updates in a row, step to go back to or None), after reporting an update that was not finite.
+
+    Raises NotFinite at the third in a row, at the first under non_finite stop, and after the third return to a checkpoint.
+    """
     if math.isfinite(values["loss"]) and math.isfinite(values["grad_norm"]):
-        return 0
+        return 0, None
     searching = run.accelerator.scaler is not None and math.isfinite(values["loss"])  # the loss scale halves until it fits
-    limit = MAX_OVERFLOWS if searching else MAX_SKIPPED
-    run.say(f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: update skipped, pairs {', '.join(pair_ids)}")
+    what = f"step {step + 1}: loss {values['loss']}, gradient norm {values['grad_norm']}: update skipped"
+    pair_ids = gather_object(pair_ids) if run.accelerator.num_processes > 1 else pair_ids
+    run.log.event(step + 1, "not finite", f"{what}, pairs {', '.join(pair_ids)}", pairs=pair_ids)
+    limit = MAX_OVERFLOWS if searching else 1 if run.config.non_finite == "stop" else MAX_SKIPPED
+    advice = f"Lower learning_rate ({run.config.learning_rate}) or beta, or use mixed_precision bf16 instead of fp16"
+    if not searching and run.config.non_finite == "roll_back":
+        returns = run.state.data_key
+        if returns >= MAX_RETURNS:
+            raise NotFinite(f"an update was not finite again at step {step + 1}, after {returns} returns to a checkpoint. {advice}")
+        if (earlier := run.roll_back()) is not None:
+            run.log.event(step + 1, "rolled back", f"back to checkpoint-{earlier}, with other batches from there on")
+            return 0, earlier
     if skipped + 1 >= limit:
-        raise NotFinite(
-            f"{limit} updates in a row were not finite, the last at step {step + 1}; the newest checkpoint is from before. "
-            f"Lower learning_rate ({run.config.learning_rate}) or beta, or use mixed_precision bf16 instead of fp16"
-        )
-    return skipped + 1
+        in_a_row = f"{limit} updates in a row were not finite, the last at step {step + 1}" if limit > 1 else what
+        raise NotFinite(f"{in_a_row}; the newest checkpoint is from before. {advice}")
+    return skipped + 1, None
 
 
 def check_untouched(run: Run, out: LossOutput) -> None:
@@ -137,10 +180,13 @@ def finish_step(run: Run, step: int, code: int) -> bool:
     if config.validation_steps and (step % config.validation_steps == 0 or is_last):
         is_over = run.validate(step)
     is_final = is_last or is_over
-    saved = run.save(step) if step % config.checkpointing_steps == 0 or is_final or code else True
+    saved = True
+    if step % config.checkpointing_steps == 0 or is_final or code:
+        saved = run.save(step, is_last=is_final or bool(code))
     if code and not is_final:
         what = f"stopped by a signal after step {step}" + ("" if saved else ", which could not be saved")
         raise Stopped(code, f"{what}; continue with --resume_from_checkpoint latest --output_dir {run.folder}")
+    run.unsaved = is_final and bool(run.agree(int(not saved)))
     if is_over and not is_last:
         run.say(f"stopped after step {step}: {config.early_stopping_patience} validations in a row were not better than the best")
     return is_over

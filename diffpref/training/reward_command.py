@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 from diffpref.training.reward_config import RewardModelConfig
@@ -21,17 +20,13 @@ def train_reward_model(argv: Sequence[str]) -> int:
     import transformers
 
     from diffpref.training.reward_loop import fit
-    from diffpref.training.stopping import NotFinite, Stopped
+    from diffpref.training.stopping import Ended, say_end
 
     transformers.utils.logging.disable_progress_bar()
     try:
         fitted = fit(config)
-    except Stopped as stop:
-        print(stop, file=sys.stderr, flush=True)
-        return stop.code
-    except NotFinite as problem:
-        print(f"error: {problem}", file=sys.stderr, flush=True)
-        return 3
+    except Ended as end:
+        return say_end(end)
     if fitted.is_main_process:
         held_out = "" if fitted.accuracy is None else f", held-out accuracy {fitted.accuracy:.3f}"
         print(f"reward model of step {fitted.step}{held_out}: use it as pickscore={fitted.folder}")

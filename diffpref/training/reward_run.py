@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -24,8 +24,18 @@ from diffpref.training.pairs import load_run_pairs
 from diffpref.training.reward_config import RewardModelConfig
 from diffpref.training.reward_model import RewardModel, load_reward_model
 from diffpref.training.reward_pairs import RewardBatch, RewardPairs
-from diffpref.training.run_folder import CONFIG_FILE, MANIFEST_FILE, claim_folder, git_revision, versions, write_json
+from diffpref.training.run_folder import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    claim_folder,
+    git_revision,
+    make_folder,
+    versions,
+    write_json,
+    write_whole,
+)
 from diffpref.training.run_log import RunLog
+from diffpref.training.saving import CheckpointWriter
 from diffpref.training.settings import to_flat
 
 
@@ -56,6 +66,10 @@ class RewardRun:
     log: RunLog
     first_step: int = 0
     best: Best | None = None  # on the main process only
+    writer: CheckpointWriter = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.writer = CheckpointWriter(self.folder, self.config.checkpoints_total_limit, lambda step, text: self.say(text))
 
     def say(self, text: str) -> None:
         """Print once, above the progress bar."""
@@ -119,6 +133,7 @@ def prepare(config: RewardModelConfig) -> RewardRun:
     first_step, best = restore(resume, trainable, optimizer, config, pairs_per_update(shared, accelerator), pairs.fingerprint)
     wrapped, prepared = accelerator.prepare(model, optimizer)
     if accelerator.is_main_process:
+        checkpoint.set_aside_after(folder, first_step)
         open_folder(folder, config, pairs, held_out, accelerator)
     return RewardRun(
         config=config,
@@ -142,12 +157,9 @@ def open_folder(
     folder: Path, config: RewardModelConfig, pairs: PairDataset, held_out: PairDataset | None, accelerator: Accelerator
 ) -> None:
     """Create the run folder with resolved settings, manifest and rejected rows."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output_dir {str(folder)!r} cannot be created ({error.strerror}); choose another output_dir") from error
+    make_folder(folder)
     settings = to_flat(config)
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(settings, sort_keys=False))
+    write_whole(folder / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
     if pairs.rejected:
         write_rejected(pairs, folder / "rejected_rows.jsonl")
         print(f"rejected rows are listed in {folder / 'rejected_rows.jsonl'}", file=sys.stderr)
@@ -206,10 +218,7 @@ def save(run: RewardRun, step: int) -> bool:
             "data": run.data.pairs.fingerprint,
             "best": {"step": run.best.step, "accuracy": run.best.accuracy} if run.best else None,
         }
-        try:
-            checkpoint.save_checkpoint(run.folder, step, tensors, state, run.config.checkpoints_total_limit)
-        except (OSError, FloatingPointError) as error:
-            saved = False
-            run.say(f"checkpoint of step {step} not written ({error}); older ones are kept, training goes on")
+        save = run.writer.save_last if step == run.config.max_train_steps else run.writer.save
+        saved = save(step, tensors, state)
     run.accelerator.wait_for_everyone()
     return saved

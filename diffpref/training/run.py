@@ -19,13 +19,15 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from diffpref.core.policy import adapter_off, frozen
 from diffpref.core.process import DdpmProcess
+from diffpref.core.random import derived
 from diffpref.core.types import Conditioning, Predict, PreferenceBatch
 from diffpref.data.pairs import PairDataset
 from diffpref.data.sampler import PairSampler
 from diffpref.models.backbone import Backbone
 from diffpref.training import checkpoint
+from diffpref.training.alarms import held_out_alarm
 from diffpref.training.config import TrainConfig
-from diffpref.training.device import new_accelerator, pairs_per_update
+from diffpref.training.device import check_ranks_agree, check_same_weights, new_accelerator, pairs_per_update
 from diffpref.training.ema import exchanged
 from diffpref.training.hub import claim_repository
 from diffpref.training.models import load_models
@@ -36,6 +38,7 @@ from diffpref.training.preflight import Preflight
 from diffpref.training.probe import probe
 from diffpref.training.run_folder import claim, open_folder
 from diffpref.training.run_log import RunLog
+from diffpref.training.saving import CheckpointWriter
 from diffpref.training.settings import to_flat
 from diffpref.training.sources import held_out_accuracy, new_encoder, new_pixels, new_sampler, new_source
 from diffpref.training.state import TrainingState
@@ -64,7 +67,11 @@ class Run:
     data: str  # fingerprint of the training pairs
     first_step: int = 0
     repository: str | None = None  # full id on the hub, on the main process of a run that pushes
+    preflight: Preflight | None = None
+    unsaved: bool = False  # whether the last checkpoint could not be written
     source: Iterator[PreferenceBatch] = field(init=False)  # made after the preflight, because keeping latents takes long
+    source_from: Callable[[TrainConfig, int], Iterator[PreferenceBatch]] = field(init=False, repr=False)  # (settings, first step)
+    writer: CheckpointWriter = field(init=False)
     log: RunLog = field(init=False)  # likewise, because a run that is refused leaves no trace
 
     @property
@@ -77,10 +84,18 @@ class Run:
         early = self.state.early_stopping
         return range(self.first_step, self.first_step if early and early.is_over else self.config.max_train_steps)
 
+    @property
+    def data_seed(self) -> int:
+        """Seed of order, noise and all other draws of the batches: the run's, another one after each return to a checkpoint."""
+        return derived(self.config.seed, "data key", self.state.data_key) if self.state.data_key else self.config.seed
+
+    def open_source(self, first_step: int) -> None:
+        """Batches from `first_step` on, drawn with the data seed."""
+        self.source = self.source_from(dataclasses.replace(self.config, seed=self.data_seed), first_step)
+
     def say(self, text: str) -> None:
         """Print once, above the progress bar."""
-        if self.accelerator.is_main_process:
-            self.log.bar.write(text, file=sys.stderr)
+        self.log.say(text)
 
     def agree(self, code: int) -> int:
         """The largest code of all ranks, so that they stop at the same step."""
@@ -88,23 +103,38 @@ class Run:
             return code
         return int(self.accelerator.gather(torch.tensor([code], device=self.accelerator.device)).max())
 
-    def save(self, step: int) -> bool:
+    def save(self, step: int, is_last: bool = False) -> bool:
         """Write a checkpoint from the main process; a full disk is reported and training goes on. False if it was not written."""
         saved = True
+        check_same_weights(self.accelerator, self.trainable)
         if self.accelerator.is_main_process:
-            tensors = self.state.tensors()
-            state = self.state.numbers() | {
-                "pairs_per_update": pairs_per_update(self.config, self.accelerator),
-                "data": self.data,
-            }
-            try:
-                checkpoint.save_checkpoint(self.folder, step, tensors, state, self.config.checkpoints_total_limit)
-            except (OSError, FloatingPointError) as error:
-                saved = False
-                reason = getattr(error, "strerror", None) or error
-                self.say(f"checkpoint of step {step} not written ({reason}); older ones are kept, training goes on")
+            facts = {"pairs_per_update": pairs_per_update(self.config, self.accelerator), "data": self.data}
+            write = self.writer.save_last if is_last else self.writer.save
+            saved = write(step, self.state.tensors(), self.state.numbers() | facts)
         self.accelerator.wait_for_everyone()
         return saved
+
+    def roll_back(self) -> int | None:
+        """Load the newest complete checkpoint and draw other batches from there; its step, or None when there is no checkpoint.
+
+        Every rank has to call this.
+        """
+        if self.accelerator.is_main_process:
+            self.writer.wait()
+        with self.accelerator.main_process_first():
+            found, _ = checkpoint.find_checkpoint(self.folder, "latest") if checkpoint.checkpoints(self.folder) else (None, [])
+        if found is None:
+            return None
+        key = self.state.data_key
+        tensors, numbers = checkpoint.load_checkpoint(found)
+        self.state.restore(tensors, numbers)
+        self.state.data_key = key + 1
+        step = int(numbers["step"])
+        if self.accelerator.is_main_process:
+            checkpoint.drop_best_after(self.folder, step)
+        self.log.rewind(step)
+        self.open_source(step)
+        return step
 
     def validate(self, step: int) -> bool:
         """Held-out accuracy, pictures and their scores, by the weights that would be exported; whether to stop early, on all ranks."""
@@ -118,6 +148,8 @@ class Run:
             log_images(self.accelerator, step, {"validation/policy": pictures}, self.validation.prompts)
             if found:
                 self.log.record(step, found)
+            if (alarm := held_out_alarm(found)) is not None:
+                self.log.event(step, "saturated", f"step {step}: {alarm}")
         self.accelerator.wait_for_everyone()
         early = self.state.early_stopping
         return early is not None and bool(self.agree(int(early.is_over)))
@@ -131,7 +163,8 @@ class Run:
             try:
                 checkpoint.save_best(self.folder, step, self.trainable, {early.key: early.best})
             except (OSError, FloatingPointError) as error:
-                self.say(f"best weights of step {step} not written ({getattr(error, 'strerror', None) or error}); training goes on")
+                reason = getattr(error, "strerror", None) or error
+                self.log.event(step, "not saved", f"best weights of step {step} not written ({reason}); training goes on")
         return {"early_stopping/best": early.best, "early_stopping/best_step": early.best_step, "early_stopping/waited": early.waited}
 
     @contextmanager
@@ -213,10 +246,17 @@ def begin(
     if preflight.probes:
         plain = dataclasses.replace(config, cache_latents=False, dataloader_num_workers=0)
         probe(run, source(config=plain, first_step=run.first_step), preflight)
-    run.source = source(config=config, first_step=run.first_step)
+    check_ranks_agree(accelerator, {"data": run.data, **to_flat(dataclasses.replace(config, output_dir=None), *run.objective.parts)})
+    run.source_from = lambda config, first_step: source(config=config, first_step=first_step)
+    run.open_source(run.first_step)
     open_folder(run.folder, config, run.objective, pairs, accelerator, run.backbone, notes, preflight.found)
     start_trackers(accelerator, config.tracker_project_name, to_flat(config, *run.objective.parts), run.first_step)
     run.log = RunLog(accelerator, run.folder, config.max_train_steps, pairs_per_update(config, accelerator), run.first_step)
+    report = partial(run.log.event, kind="not saved")
+    run.writer = CheckpointWriter(
+        run.folder, config.checkpoints_total_limit, lambda step, text: report(step, text=text), config.save_in_background
+    )
+    run.preflight = preflight
 
 
 def claim_places(config: TrainConfig, objective: Objective, accelerator: Accelerator) -> tuple[Path, Path | None, str | None]:
@@ -272,4 +312,6 @@ def restore(resume: Path | None, folder: Path, state: TrainingState, config: Tra
     state.restore(tensors, numbers)
     if accelerator.is_main_process:
         checkpoint.drop_best_after(folder, int(numbers["step"]))
+        for name in checkpoint.set_aside_after(folder, int(numbers["step"])):
+            print(f"{name} is of a later step than {resume.name} and was renamed to later-{name}", file=sys.stderr)
     return int(numbers["step"])

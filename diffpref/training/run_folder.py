@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
@@ -24,6 +25,12 @@ from diffpref.training.config import TrainConfig
 from diffpref.training.device import effective_learning_rate, pairs_per_update
 from diffpref.training.objective import Objective
 from diffpref.training.settings import Settings, to_flat
+from diffpref.training.stopping import FolderInUse
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs in one folder go unnoticed there
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG_FILE = "diffpref_config.yaml"
 MANIFEST_FILE = "run_manifest.json"
@@ -34,6 +41,8 @@ _MAY_CHANGE = {
     "dataloader_num_workers",
     "checkpointing_steps",
     "checkpoints_total_limit",
+    "save_in_background",
+    "non_finite",
     "validation_steps",
     "validation_prompts",
     "num_validation_images",
@@ -58,7 +67,8 @@ _MAY_CHANGE = {
 def claim(config: TrainConfig, method: Objective, accelerator: Accelerator) -> tuple[Path, Path | None]:
     """(run folder, checkpoint to resume from or None). Writes nothing: a run that cannot start leaves no trace.
 
-    Raises ValueError when the folder belongs to a run with other settings, or holds a run and no resume was asked for.
+    Raises ValueError when the folder belongs to a run with other settings, or holds a run and no resume was asked for, and FolderInUse
+    while another process writes into it.
     """
     return claim_folder(Path(str(config.output_dir)), to_flat(config, *method.parts), config.resume_from_checkpoint, accelerator)
 
@@ -67,6 +77,9 @@ def claim_folder(folder: Path, settings: Settings, wanted: str | None, accelerat
     """`claim` for any kind of run: its flat settings, and the checkpoint that is `wanted`."""
     stored = folder / CONFIG_FILE
     if stored.exists():
+        check_links(folder)
+        if accelerator.is_main_process:
+            hold(folder)
         differences = compare(yaml.safe_load(stored.read_text()) or {}, settings)
         if differences:
             raise ValueError(
@@ -76,7 +89,7 @@ def claim_folder(folder: Path, settings: Settings, wanted: str | None, accelerat
             raise ValueError(
                 f"output_dir {str(folder)!r} already holds this run; add --resume_from_checkpoint latest or choose another output_dir"
             )
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or any(path.name != LOCK_FILE for path in folder.iterdir())):
         raise ValueError(f"output_dir {str(folder)!r} is not empty and no run of diffpref; choose another output_dir")
     resume = None
     if wanted:
@@ -86,6 +99,61 @@ def claim_folder(folder: Path, settings: Settings, wanted: str | None, accelerat
             print(f"warning: {warning}", file=sys.stderr)
     accelerator.wait_for_everyone()
     return folder, resume
+
+
+LOCK_FILE = ".lock"
+_held: dict[Path, int] = {}
+"""Open lock files of this process by run folder. They stay open: the kernel gives the lock up when the process ends, however it ends."""
+
+
+def hold(folder: Path) -> None:
+    """Lock a run folder for the life of this process. Without effect where there is no fcntl, or no lock on the file system.
+
+    Raises FolderInUse while another process holds it, and ValueError when the folder cannot be written.
+    """
+    if fcntl is None:
+        return
+    path, handle = folder / LOCK_FILE, _held.get(folder.absolute())
+    if handle is not None and path.exists() and os.fstat(handle).st_ino == path.stat().st_ino:
+        return
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    except OSError as error:
+        raise ValueError(f"output_dir {str(folder)!r} cannot be written ({error.strerror}); choose another output_dir") from error
+    try:
+        fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock not inherited by workers, which may outlive a killed run
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            os.close(handle)
+            raise FolderInUse(in_use(folder)) from error
+    _held[folder.absolute()] = handle
+
+
+def in_use(folder: Path) -> str:
+    """What to say when another run has the folder."""
+    return f"output_dir {str(folder)!r} is being written by another run; wait until it ends, or choose another output_dir"
+
+
+def make_folder(folder: Path) -> None:
+    """Create and lock the run folder, unless `claim` has locked it. Raises ValueError when it cannot be made, or FolderInUse."""
+    is_new = folder.absolute() not in _held
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"output_dir {str(folder)!r} cannot be created ({error.strerror}); choose another output_dir") from error
+    hold(folder)
+    if is_new and (folder / CONFIG_FILE).exists():  # a run that began and ended while this one was loading
+        raise FolderInUse(in_use(folder))
+
+
+def check_links(folder: Path) -> None:
+    """Raises ValueError for a link out of a run folder: what is written there would land elsewhere."""
+    home = folder.resolve()
+    for path in folder.iterdir():
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise ValueError(
+                f"output_dir {str(folder)!r}: {path.name} is a link to {str(path.resolve())!r}, outside of it; remove the link"
+            )
 
 
 def compare(stored: Settings, settings: Settings) -> list[str]:
@@ -119,11 +187,8 @@ def open_folder(
     """
     if not accelerator.is_main_process:
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"output_dir {str(folder)!r} cannot be created ({error.strerror}); choose another output_dir") from error
-    (folder / CONFIG_FILE).write_text(yaml.safe_dump(to_flat(config, *method.parts), sort_keys=False))
+    make_folder(folder)
+    write_whole(folder / CONFIG_FILE, yaml.safe_dump(to_flat(config, *method.parts), sort_keys=False))
     if pairs.rejected:
         write_rejected(pairs, folder / "rejected_rows.jsonl")
         print(f"rejected rows are listed in {folder / 'rejected_rows.jsonl'}", file=sys.stderr)
@@ -179,6 +244,18 @@ def git_revision() -> str | None:
 
 def write_json(path: Path, content: Any) -> None:
     """Write JSON complete or not at all."""
+    write_whole(path, json.dumps(content, indent=1))
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file complete or not at all; the old one stays when the disk is full."""
     hidden = path.with_name(f".{path.name}.{os.getpid()}")
-    hidden.write_text(json.dumps(content, indent=1))
-    hidden.replace(path)
+    try:
+        with hidden.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        hidden.replace(path)
+    except OSError:
+        hidden.unlink(missing_ok=True)
+        raise

@@ -1,9 +1,11 @@
-"""metrics.jsonl, trackers and the progress bar. Values are averaged over the accumulation window and over all ranks."""
+"""metrics.jsonl, events.jsonl, trackers and the progress bar. Values are averaged over the accumulation window and over all ranks."""
 
 from __future__ import annotations
 
+import io
 import json
 import math
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,12 +16,17 @@ from accelerate import Accelerator
 from torch import Tensor
 from tqdm import tqdm
 
+from diffpref.training.run_folder import write_whole
+
 _DIFFUSERS_NAMES = {
     "raw_model_loss": ("error/policy_chosen", "error/policy_rejected"),
     "ref_loss": ("error/reference_chosen", "error/reference_rejected"),
     "implicit_acc": ("rewards/accuracies",),
 }
 """Top-level aliases that users of the diffusers scripts look for: means of our keys."""
+
+
+METRICS_FILE, EVENTS_FILE = "metrics.jsonl", "events.jsonl"
 
 
 class RunLog:
@@ -31,13 +38,40 @@ class RunLog:
         self.first_step = first_step
         self.window: list[dict[str, Tensor]] = []
         self.started = self.last = time.perf_counter()
-        self.file = None
-        if accelerator.is_main_process:
-            keep_until(folder / "metrics.jsonl", first_step)
-            self.file = (folder / "metrics.jsonl").open("a")
+        self.folder = folder
+        self.file = self._open(first_step)
+        self.unwritten = b""  # lines that wait for space on the disk
         self.bar = tqdm(
             total=num_steps, initial=first_step, desc="training", unit="step", disable=not accelerator.is_main_process, mininterval=1.0
         )
+
+    def _open(self, first_step: int) -> io.FileIO | None:
+        if not self.accelerator.is_main_process:
+            return None
+        keep_until(self.folder / METRICS_FILE, first_step)
+        return (self.folder / METRICS_FILE).open("ab", buffering=0)
+
+    def rewind(self, step: int) -> None:
+        """Go on after `step`: later lines are dropped, and the bar goes back."""
+        self._close_file()
+        self.file, self.unwritten, self.window = self._open(step), b"", []
+        self.bar.update(step - self.bar.n)
+
+    def say(self, text: str) -> None:
+        """Print once, above the progress bar."""
+        if self.accelerator.is_main_process:
+            self.bar.write(text, file=sys.stderr)
+
+    def event(self, step: int, kind: str, text: str, **facts: Any) -> None:
+        """Say what happened at `step`, and add it to events.jsonl, which keeps also what was trained again later."""
+        self.say(text)
+        if self.accelerator.is_main_process:
+            line = json.dumps({"step": step, "event": kind, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **facts, "text": text})
+            try:
+                with (self.folder / EVENTS_FILE).open("a") as file:
+                    file.write(line + "\n")
+            except OSError:  # the disk is full or gone: it was said, and training goes on
+                pass
 
     def collect(self, loss: Tensor, metrics: Mapping[str, Tensor]) -> None:
         """Remember the scalars of one forward pass."""
@@ -74,24 +108,40 @@ class RunLog:
         """Write values of a step without moving the bar, e.g. a validation."""
         if self.file:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
-            self.file.write(json.dumps({"step": step, **finite}) + "\n")
-            self.file.flush()
+            waiting, self.unwritten = bool(self.unwritten), self.unwritten + (json.dumps({"step": step, **finite}) + "\n").encode()
+            self._write(silent=waiting)
         self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+
+    def _write(self, silent: bool) -> None:
+        """What cannot be written now stays in memory and follows as soon as there is space."""
+        assert self.file is not None
+        try:
+            while self.unwritten:
+                self.unwritten = self.unwritten[self.file.write(self.unwritten) :]
+        except OSError as error:
+            if not silent:
+                self.say(f"{METRICS_FILE} cannot be written ({error.strerror}); its lines wait in memory, training goes on")
+
+    def _close_file(self) -> None:
+        if self.file:
+            self._write(silent=False)
+            self.file.close()
+            self.file = None
 
     def close(self) -> None:
         """Flush everything."""
         self.bar.close()
-        if self.file:
-            self.file.close()
+        self._close_file()
 
 
 def keep_until(path: Path, step: int) -> None:
     """Drop lines after `step` from a metrics file, so that a resumed run does not report a step twice."""
     if not path.exists():
         return
-    lines = path.read_text().splitlines()
+    lines = path.read_text(errors="replace").splitlines()
     kept = [line for line in lines if _step(line) <= step]
-    path.write_text("".join(line + "\n" for line in kept))
+    if kept != lines:
+        write_whole(path, "".join(line + "\n" for line in kept))
 
 
 def _step(line: str) -> float:

@@ -102,7 +102,10 @@ def pictures_at_once(config: TrainConfig, per_group: int = 2) -> int:
 def new_source(
     config: TrainConfig, pixels: PairPixels, sampler: PairSampler, encoder: Encoder, accelerator: Accelerator, first_step: int
 ) -> Iterator[PreferenceBatch]:
-    """This rank's micro-batches from `first_step` on."""
+    """This rank's micro-batches from `first_step` on, drawn with the seed of `config`."""
+    if config.seed != sampler.seed:  # the run went back to a checkpoint
+        pixels, encoder = dataclasses.replace(pixels, seed=config.seed), dataclasses.replace(encoder, seed=config.seed)
+        sampler = new_sampler(config, pixels)
 
     def items() -> Iterator[list[tuple[int, int]]]:
         return sampler.micro_batches(

@@ -31,6 +31,8 @@ class TrainingState:
     ema: Ema | None  # on the main process only, which validates and exports
     early_stopping: EarlyStopping | None
     scaler: Any  # of fp16 losses, else None
+    data_key: int = 0
+    """How often the run went back to a checkpoint; each time the draws after it become others."""
 
     @classmethod
     def start(cls, config: TrainConfig, module: nn.Module, accelerator: Accelerator) -> TrainingState:
@@ -59,6 +61,8 @@ class TrainingState:
             "scheduler": {"last_epoch": self.scheduler.last_epoch},
             "optimizer": checkpoint.optimizer_numbers(self.trainable, self.optimizer),
         }
+        if self.data_key:
+            found["data_key"] = self.data_key
         if self.scaler is not None:
             found["scaler"] = self.scaler.state_dict()
         if self.ema:
@@ -70,6 +74,7 @@ class TrainingState:
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> None:
         """Load a checkpoint into the existing parameters. Raises ValueError unless it has exactly the model's trainable tensors."""
         checkpoint.restore(self.trainable, self.optimizer, tensors, numbers.get("optimizer"))
+        self.data_key = int(numbers.get("data_key", 0))
         move_schedule(self.scheduler, self.optimizer, numbers["scheduler"]["last_epoch"])
         if self.scaler is not None and "scaler" in numbers:
             self.scaler.load_state_dict(numbers["scaler"])

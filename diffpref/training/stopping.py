@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import math
+import os
 import signal
+import sys
+import threading
+import time
 from dataclasses import dataclass
 from types import FrameType, TracebackType
 
@@ -14,16 +18,54 @@ MAX_OVERFLOWS = 25
 """The same for fp16 gradients with a finite loss: the loss scale starts at 65536 and halves at each overflow."""
 
 
-class Stopped(Exception):
-    """The run was asked to stop and has saved; `code` is the exit code of the process."""
+MAX_RETURNS = 3
+"""Returns to a checkpoint under non_finite roll_back before the run ends."""
+SAME_REQUEST = 1.0
+"""Seconds within which a repeated signal counts as the first: a scheduler signals the processes and their launcher, which passes it on."""
+
+
+class Ended(Exception):
+    """The run is over before its end, for a reason that is no mistake in a setting; `code` is the exit code of the process."""
+
+    code: int
+
+
+class Stopped(Ended):
+    """The run was asked to stop and has saved."""
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
         self.code = code
 
 
-class NotFinite(Exception):
+class NotFinite(Ended):
     """Too many losses or gradients in a row were not finite."""
+
+    code = 3
+
+
+class NotSaved(Ended):
+    """The last checkpoint or the result could not be written."""
+
+    code = 4
+
+
+class FolderInUse(Ended):
+    """Another run writes into the run folder."""
+
+    code = 5
+
+
+class OutOfMemory(Ended):
+    """A step did not fit into memory."""
+
+    code = 6
+
+
+def say_end(end: Ended) -> int:
+    """Print why the run is over, as the last line; returns the exit code."""
+    print(end if isinstance(end, Stopped) else f"error: {end}", file=sys.stderr, flush=True)
+    return end.code
 
 
 @dataclass
@@ -63,25 +105,44 @@ class EarlyStopping:
 class StopSignals:
     """Within the block, SIGTERM, SIGINT and SIGUSR1 only set `code`; the loop saves after the step in progress.
 
-    A second signal of the same kind acts at once, as it would without us.
+    The same signal again, more than SAME_REQUEST seconds later, ends the process at once, also while it waits for another rank: a
+    thread reads the signals, because Python's own handlers run between two instructions only.
     """
 
     def __init__(self) -> None:
         self.code = 0
         self._before: dict[signal.Signals, object] = {}
+        self._wakeup_before = -1
+        self._write_end = -1
 
     def __enter__(self) -> StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            return self  # the caller handles signals
         for number in EXIT_CODES:
-            try:
-                self._before[number] = signal.signal(number, self._on_signal)
-            except ValueError:  # not the main thread: the caller handles signals
-                break
+            self._before[number] = signal.signal(number, self._on_signal)
+        read_end, self._write_end = os.pipe()
+        os.set_blocking(self._write_end, False)
+        self._wakeup_before = signal.set_wakeup_fd(self._write_end, warn_on_full_buffer=False)
+        threading.Thread(target=end_on_repetition, args=(read_end,), daemon=True, name="signals").start()
         return self
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.code = EXIT_CODES[signal.Signals(number)]
-        signal.signal(number, signal.SIG_DFL)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._write_end >= 0:
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._write_end)  # ends the thread
+            self._write_end = -1
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+
+def end_on_repetition(read_end: int) -> None:
+    """Read numbers of signals until the pipe is closed; end the process at the repetition of one."""
+    first: dict[int, float] = {}
+    with open(read_end, "rb", buffering=0) as pipe:
+        while number := pipe.read(1):
+            now = time.monotonic()
+            if now - first.setdefault(number[0], now) > SAME_REQUEST and number[0] in EXIT_CODES:
+                os._exit(EXIT_CODES[signal.Signals(number[0])])

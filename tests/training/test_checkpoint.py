@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from diffpref.training import checkpoint
+from diffpref.training import checkpoint, saving
 from diffpref.training.checkpoint import (
     checkpoints,
     find_checkpoint,
@@ -23,7 +24,9 @@ from diffpref.training.checkpoint import (
     optimizer_tensors,
     restore,
     save_checkpoint,
+    set_aside_after,
 )
+from diffpref.training.loop import train
 from diffpref.training.run import Run
 
 Start = Callable[..., Run]
@@ -191,6 +194,38 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         load_checkpoint(folder)
 
 
+@pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-1"])
+def test_a_renamed_checkpoint_is_not_taken_for_another_step(name: str, tmp_path: Path) -> None:
+    save(tmp_path, 2).rename(tmp_path / name)
+    assert not is_complete(tmp_path / name)
+    (tmp_path / name).rename(tmp_path / "kept")  # a name that tells no step is the user's business
+    assert is_complete(tmp_path / "kept")
+
+
+def test_the_newest_is_never_the_one_that_goes(tmp_path: Path) -> None:
+    for step in (5, 9):
+        save(tmp_path, step)
+    save(tmp_path, 3, keep=1)  # somebody went back to an earlier step
+    assert names(tmp_path) == ["checkpoint-3", "checkpoint-9"]
+
+
+def test_later_checkpoints_are_set_aside_and_never_overwritten(tmp_path: Path) -> None:
+    for _ in range(2):
+        for step in (3, 6, 9):
+            save(tmp_path, step)
+        assert set_aside_after(tmp_path, 3) == ["checkpoint-6", "checkpoint-9"]
+    assert checkpoints(tmp_path) == [tmp_path / "checkpoint-3"]
+    assert "later-checkpoint-9-2" in names(tmp_path)
+
+
+def test_too_little_space_is_known_before_anything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9, 10))
+    with pytest.raises(OSError, match=r"0\.0 MB needed, 0\.0 MB free") as caught:
+        save(tmp_path, 1)
+    assert caught.value.errno == errno.ENOSPC
+    assert names(tmp_path) == []
+
+
 def test_a_tensor_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="weights a"):
         save_checkpoint(tmp_path, 1, {"weights": {"a": torch.tensor([1.0, float("nan")])}}, {}, None)
@@ -247,12 +282,17 @@ def test_a_full_disk_costs_checkpoints_but_not_the_run(
     def full_disk(*args: Any, **kwargs: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
+    run = prepare("run", max_train_steps=2, checkpointing_steps=1)
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save_file", full_disk)
-        folder = run_training("run", max_train_steps=2, checkpointing_steps=1)
-    assert checkpoints(folder) == []
-    assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
-    assert "checkpoint of step 1 not written (No space left on device)" in capsys.readouterr().err
+        patch.setattr(saving, "PAUSE", 0)
+        train(run)
+    assert run.unsaved
+    assert checkpoints(run.folder) == []
+    assert len((run.folder / "metrics.jsonl").read_text().splitlines()) == 2
+    told = capsys.readouterr().err
+    assert re.search(r"checkpoint of step 1 \(0\.\d MB\) not written \(No space left on device\)", told)
+    assert told.count("checkpoint of step 2") == saving.TRIES  # nothing comes after the last one
 
 
 def test_a_run_keeps_to_its_limit(run_training: Go) -> None:
