@@ -233,29 +233,42 @@ def export(argv: list[str]) -> int:
 
 def label(argv: list[str]) -> int:
     """Pairs from scorers; see diffpref/labelling/command.py."""
-    from diffpref.inference.evaluate import load_scorers
+    from diffpref.evaluation.scoring import load_scorers
     from diffpref.labelling import command
 
     config = _configured(command.LabelConfig, argv, "label")
     _no_loading_bars()
-    return 0 if config is None else command.label(config, load_scorers(config.scorers, _scorer))
+    return 0 if config is None else command.label(config, load_scorers(config.scorers, _scorer_of(config)))
 
 
-def _scorer(spec: str) -> Callable[..., Any]:
-    """A scorer by name or name=weights; those of the testbed are known here and not to the library."""
-    if spec == "testbed":
-        from diffpref.testbed.reward import reward_of_pictures
+def _scorer_of(config: Any) -> Callable[[str], Callable[..., Any]]:
+    """The scorer that a name or name=weights stands for; those of the testbed are known here and not to the library."""
 
-        return reward_of_pictures
-    if spec == "testbed_pickscore":
-        from diffpref.testbed.scorer import shipped_scorer
+    def load(spec: str) -> Callable[..., Any]:
+        import torch
 
-        return shipped_scorer()
-    import torch
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        name, _, place = spec.partition("=")
+        if spec == "testbed":
+            from diffpref.testbed.reward import TrueReward
 
-    from diffpref.scorers import scorer_from
+            return TrueReward()
+        if spec == "testbed_pickscore":
+            from diffpref.testbed.scorer import shipped_scorer
 
-    return scorer_from(spec, "cuda" if torch.cuda.is_available() else "cpu")
+            return shipped_scorer()
+        if name == "implicit":
+            from diffpref.inference.score import load_implicit_scorer
+            from diffpref.locations import asset
+
+            if not place:
+                raise ValueError(f"scorer {spec!r} names no run; give implicit=FOLDER, the output_dir of a run or another aligned model")
+            return load_implicit_scorer(config.pretrained_model_name_or_path or str(asset("testbed", "pipeline")), place, device=device)
+        from diffpref.scorers import scorer_from
+
+        return scorer_from(spec, device)
+
+    return load
 
 
 def train_reward_model(argv: list[str]) -> int:
@@ -269,7 +282,8 @@ def train_reward_model(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """Aligned models against their base; see diffpref/inference/evaluate.py."""
-    from diffpref.inference.evaluate import EvaluateConfig, evaluate, load_scorers
+    from diffpref.evaluation.scoring import load_scorers
+    from diffpref.inference.evaluate import EvaluateConfig, evaluate
     from diffpref.locations import asset
     from diffpref.testbed.recipe import TESTBED_EVALUATION, evaluation_prompts
 
@@ -280,7 +294,7 @@ def evaluate(argv: list[str]) -> int:
     on_testbed = config.pretrained_model_name_or_path is None
     prompts = evaluation_prompts(config.max_prompts) if on_testbed and not (config.prompts or config.prompt_set) else None
     base = str(asset("testbed", "pipeline")) if on_testbed else config.pretrained_model_name_or_path
-    report = evaluate(config, load_scorers(config.scorers, _scorer), base, prompts)
+    report = evaluate(config, load_scorers(config.scorers, _scorer_of(config)), base, prompts)
     if report is not None:
         print(report.as_markdown())
         print(f"report: {config.output_dir}/report.html")
@@ -302,14 +316,14 @@ def benchmark(argv: list[str]) -> int:
 
 def verify(argv: list[str]) -> int:
     """A published checkpoint against the published figures; see diffpref/inference/verify.py."""
-    from diffpref.inference.evaluate import load_scorers
+    from diffpref.evaluation.scoring import load_scorers
     from diffpref.inference.verify import VerifyConfig, as_evaluation, as_text, verify
 
     config = _configured(VerifyConfig, argv, "verify")
     if config is None:
         return 0
     _no_loading_bars()
-    found = verify(config, load_scorers(as_evaluation(config).scorers, _scorer), config.pretrained_model_name_or_path)
+    found = verify(config, load_scorers(as_evaluation(config).scorers, _scorer_of(config)), config.pretrained_model_name_or_path)
     if found is not None:
         print(as_text(found))
         print(f"to share: {config.output_dir}/verify.json")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -48,6 +49,26 @@ def _scores(name: str, score: Score, images: Sequence[Any], prompts: Sequence[st
         raise ValueError(f"scorer {name!r} returned shape {values.shape} for {len(prompts)} pictures; it must return ({len(prompts)},)")
     finite = np.isfinite(values)
     return np.where(finite, values, np.nan), [None if good else f"the score is {x}" for good, x in zip(finite, values, strict=True)]
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """(name in the report, scorer) of "pickscore", "pickscore=place" or "name:pickscore=place"."""
+    kind, equals, place = spec.partition("=")
+    name, colon, scorer = kind.partition(":")
+    return (name, f"{scorer}{equals}{place}") if colon else (kind, spec)
+
+
+def load_scorers(specs: Sequence[str], load: Callable[[str], Score]) -> dict[str, Score]:
+    """{name: scorer} of specs. Raises ValueError for a name that comes twice or cannot be a column."""
+    found = [split_spec(spec) for spec in specs]
+    names = [name for name, _ in found]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"scorers names {twice[0]!r} twice; write NAME:{twice[0]}=PLACE with a name of its own")
+    bad = next((name for name in names if not re.fullmatch(r"[A-Za-z0-9][\w.+-]*", name)), None)
+    if bad is not None:
+        raise ValueError(f"scorers names one {bad!r}; accepted: letters, digits and . _ + -, as in NAME:pickscore=PLACE")
+    return {name: load(scorer) for name, scorer in found}
 
 
 def try_scorers(scorers: Mapping[str, Score], prompts: Sequence[str], side: int = 64) -> None:

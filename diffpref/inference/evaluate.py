@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from diffpref.data.prompts import PromptSet, load_prompt_set, own_prompts
 from diffpref.evaluation.generate import Drawing
 from diffpref.evaluation.model_page import write_page
 from diffpref.evaluation.model_report import BASE, REJECTED_FILE, ModelReport, rejected_rows, report_of, write_data
-from diffpref.evaluation.scoring import Score, try_scorers
+from diffpref.evaluation.scoring import Score, split_spec, try_scorers
 from diffpref.evaluation.work import claim_folder, write_text
 from diffpref.inference.checkpoints import Candidate, open_candidate, parse_candidates
 from diffpref.inference.pictures import draw_missing, picture_path, read_measured, score_missing
@@ -75,7 +75,7 @@ class EvaluateConfig:
     """Dtype of the networks."""
 
     scorers: tuple[str, ...] = ()
-    """Scorers, as name or name=weights (docs/scorers.md); "testbed" is the testbed's true reward, "testbed_pickscore" its proxy."""
+    """Scorers, as name, name=weights or label:name=weights (docs/scorers.md); "implicit=RUN" is what a run learned itself."""
     trained_on: str | None = None
     """Name of the scorer that the aligned models were trained with, if any; the report sets it apart from the others."""
     output_dir: str = "outputs/evaluation"
@@ -93,7 +93,7 @@ class EvaluateConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height is {self.height} and width {self.width}; give both or neither")
-        names = [spec.partition("=")[0] for spec in self.scorers]
+        names = [split_spec(spec)[0] for spec in self.scorers]
         if self.trained_on and self.trained_on not in names:
             raise ValueError(f"trained_on is {self.trained_on!r}, which is not among the scorers {', '.join(names)}")
 
@@ -199,15 +199,3 @@ def load_candidate(config: Sampling, base: str, candidate: Candidate, device: to
         name, options = SAMPLERS[config.sampler]
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
     return pipeline.to(device, DTYPES[config.precision])
-
-
-ScorerLoader = Callable[[str], Score]
-
-
-def load_scorers(specs: Sequence[str], load: ScorerLoader) -> dict[str, Score]:
-    """{name: scorer} of specs such as "pickscore" or "pickscore=folder". Raises ValueError for a name that comes twice."""
-    names = [spec.partition("=")[0] for spec in specs]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"scorers names {twice[0]!r} twice; give each once")
-    return {name: load(spec) for name, spec in zip(names, specs, strict=True)}

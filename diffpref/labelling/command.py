@@ -17,7 +17,7 @@ from diffpref.data.pairs import load_pairs
 from diffpref.data.prompts import PromptSet, load_prompt_set, own_prompts
 from diffpref.evaluation.generate import Images, generate
 from diffpref.evaluation.model_report import scorer_facts
-from diffpref.evaluation.scoring import Score, try_scorers
+from diffpref.evaluation.scoring import Score, split_spec, try_scorers
 from diffpref.evaluation.work import claim_folder, write_text
 from diffpref.inference.processes import sharing_processes
 from diffpref.inference.sample import DTYPES, SampleConfig, load
@@ -33,7 +33,7 @@ class LabelConfig:
     """Settings of `diffpref label`. Give prompts to make pairs, or data to score existing ones."""
 
     scorers: tuple[str, ...] = ()
-    """Scorers, as name or name=weights; "testbed" is the testbed's true reward, "testbed_pickscore" its proxy."""
+    """Scorers, as name, name=weights or label:name=weights (docs/scorers.md); "implicit=RUN" is what a run learned itself."""
     rule: Literal["mean_z", "log_sigmoid", "majority", "win_count", "pareto"] | None = None
     """How several scorers decide; mean_z for new pairs when not given, the human label stays for existing ones."""
     min_margin: float = 0.0
@@ -54,7 +54,7 @@ class LabelConfig:
     image_format: Literal["png", "jpeg"] = "png"
     """How pictures are stored; they are scored as they are stored."""
     pretrained_model_name_or_path: str | None = None
-    """Model that draws the pictures; the embedded testbed model when not given."""
+    """Model that draws the pictures, and the base of an implicit scorer; the embedded testbed model when not given."""
     lora: str | None = None
     """LoRA on that model."""
     sampler: Literal["checkpoint", "ddim", "ddpm", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_karras", "unipc"] = "checkpoint"
@@ -87,6 +87,9 @@ class LabelConfig:
             raise ValueError(
                 "give prompts (or prompt_file) to make pairs, or train_data_dir (or dataset_name) to score pairs; one of the two"
             )
+        implicit = any(split_spec(spec)[1].partition("=")[0] == "implicit" for spec in self.scorers)
+        if labels and self.pretrained_model_name_or_path and not implicit:
+            raise ValueError("pretrained_model_name_or_path is given, but nothing is drawn and no scorer is implicit; leave it out")
         if not self.scorers:
             raise ValueError("scorers is empty; name at least one, for example --scorers pickscore")
         _check_used(self, makes)

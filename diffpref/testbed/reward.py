@@ -13,6 +13,7 @@ Colours are in no part of it: the stated ones are checked apart (checker.follows
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
@@ -74,14 +75,22 @@ def reward(images: np.ndarray, prompts: list[str]) -> np.ndarray:
     return total(reward_parts(images, prompts))
 
 
-def reward_of_pictures(images: Sequence[Image.Image] | np.ndarray, prompts: Sequence[str]) -> np.ndarray:
-    """The primary reward as a scorer, of arrays or of pictures as they were decoded. Raises ValueError for another size."""
-    sizes = {np.asarray(image).shape for image in images}
-    if sizes - {(IMAGE_SIZE, IMAGE_SIZE, 3)}:
-        raise ValueError(
-            f"scorer testbed reads RGB pictures of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, not {sorted(sizes)[0]}; use another scorer"
-        )
-    return reward(np.stack([np.asarray(image) for image in images]), list(prompts))
+@dataclass(frozen=True)
+class TrueReward:
+    """The primary reward as a scorer."""
+
+    name: str = "testbed"
+    version: str = "true reward"
+    convention: str = " + ".join(f"{weight:g} {part}" for part, weight in WEIGHTS.items()) + ", read from the pixels; 0 to 6"
+
+    def __call__(self, images: Sequence[Image.Image] | np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+        """float64 (N,) of arrays or of pictures as they were decoded. Raises ValueError for another size and for unknown prompts."""
+        sizes = {np.asarray(image).shape for image in images}
+        if sizes - {(IMAGE_SIZE, IMAGE_SIZE, 3)}:
+            raise ValueError(
+                f"scorer testbed reads RGB pictures of {IMAGE_SIZE} x {IMAGE_SIZE} pixels, not {sorted(sizes)[0]}; use another scorer"
+            )
+        return reward(np.stack([np.asarray(image) for image in images]), list(prompts))
 
 
 def total(parts: Mapping[str, np.ndarray], weights: Mapping[str, float] = WEIGHTS) -> np.ndarray:
