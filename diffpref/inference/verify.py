@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,8 @@ from diffpref.evaluation.work import write_text
 from diffpref.inference.evaluate import EvaluateConfig, evaluate
 from diffpref.locations import asset
 
+IN_HUNDREDTHS = ("hpsv2", "hpsv2.1", "clip_vith_cos", "clip_vitl_cos")
+"""Scorers whose means papers print times 100; both columns of the comparison are."""
 MODEL = "checkpoint"
 """Name of the verified model in the evaluation."""
 
@@ -115,6 +117,8 @@ def beside_the_paper(report: ModelReport, name: str) -> dict[str, Any]:
     rows = {}
     for scorer in dict.fromkeys([*entry["scores"], *measured]):
         c = measured.get(scorer)
+        if c is not None and scorer in IN_HUNDREDTHS:
+            c = _times_100(c)
         rows[scorer] = {
             "published": entry["scores"].get(scorer),
             "ours": None if c is None else _statistic(c, entry["statistic"], "mean", "median"),
@@ -138,6 +142,11 @@ def beside_the_paper(report: ModelReport, name: str) -> dict[str, Any]:
         "scorers": full["scorers"],
         "models": full["models"],
     }
+
+
+def _times_100(c: Comparison) -> Comparison:
+    names = ("mean_base", "mean", "median_base", "median", "difference", "difference_low", "difference_high")
+    return replace(c, **{name: 100 * getattr(c, name) for name in names})
 
 
 def _statistic(c: Comparison, statistic: str, mean: str, median: str) -> float:
