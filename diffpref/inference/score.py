@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffpref.core.types import Conditioning
-from diffpref.data.images import prepare_pair
+from diffpref.data.images import prepare_images
 from diffpref.inference.checkpoints import Candidate, open_candidate, parse_candidates
 from diffpref.models.backbone import Backbone, as_backbone, load_backbone, on_token_ids, text_encoders
 from diffpref.scorers.implicit import ImplicitReward, implicit_scorer
@@ -49,7 +49,7 @@ class ImplicitScorer:
 def _square(image: Image.Image | np.ndarray, side: int) -> np.ndarray:
     """uint8 (side, side, 3)."""
     picture = Image.fromarray(image) if isinstance(image, np.ndarray) else image.convert("RGB")
-    pixels, _ = prepare_pair(picture, picture, (side, side))
+    pixels, _ = prepare_images([picture], (side, side))
     return ((pixels[0].permute(1, 2, 0) + 1) * 127.5).round().to(torch.uint8).numpy()
 
 
