@@ -169,4 +169,4 @@ def two_pass_backward(
         with nullcontext() if i == len(steps) - 1 else no_sync():
             prediction = guided(policy, null, step.guidance_scale)(step.x_t, step.timesteps, cond)
             backward((prediction * gradient).sum())
-    return LossOutput(out.per_group.detach(), out.metrics)
+    return replace(out, per_group=out.per_group.detach())

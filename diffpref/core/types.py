@@ -96,6 +96,7 @@ class LossOutput:
 
     per_group: Tensor  # (G,)
     metrics: dict[str, Tensor]  # scalars, detached
+    confidence: Tensor | None = None  # (G,) detached, probability that each label is right, for methods that estimate it
 
 
 Predict = Callable[[Tensor, Tensor, Conditioning], Tensor]

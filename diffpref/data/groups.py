@@ -174,6 +174,22 @@ def ranked_lists(pairs: PairDataset, size: int | None, say: Say | None = None) -
     )
 
 
+def ranked_gaps(pairs: PairDataset) -> np.ndarray | None:
+    """How many ranks apart the pictures of each pair stand in their list, float64 (N,); None where there are no lists."""
+    if not pairs.has_two_images or pairs.table.picks is None:
+        return None
+    gaps = np.zeros(len(pairs))
+    for members in _lists_of(pairs):
+        entries = _one_list(pairs, members)
+        found = {entry.cell: entry.relevance * (len(entries) - 1) for entry in entries}
+        cells = {tuple(pairs.table.picks[pairs.rows[i]][side].tolist()): (i, side) for i, side in found}
+        by_cell = {place: found[cell] for place, cell in cells.items()}
+        for index in members:
+            first, second = (tuple(cell) for cell in pairs.table.picks[pairs.rows[index]].tolist())
+            gaps[index] = round(abs(by_cell[first] - by_cell[second]), 9)
+    return gaps
+
+
 @dataclass
 class _Entry:
     """A picture of a ranked list."""

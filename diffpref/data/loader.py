@@ -47,6 +47,8 @@ class PairPixels(Dataset[Sample]):
     """Shape of each pair or group; all are square without."""
     groups: Groups | None = None
     """What is trained on; the pairs themselves without."""
+    weights: np.ndarray | None = None
+    """(N,) float32, what multiplies the loss of each group; all alike without."""
 
     def __post_init__(self) -> None:
         assert self.buckets is None or len(self.buckets.of_pair) == len(self)

@@ -15,6 +15,7 @@ import bisect
 import itertools
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from fractions import Fraction
 
 import numpy as np
@@ -27,17 +28,30 @@ Item = tuple[int, int]  # (index of the pair, visit)
 _CACHED_VISITS = 3  # neighbouring ranks and prefetching workers straddle at most two visits when batches are not huge
 
 
+@dataclass(frozen=True)
+class Stages:
+    """Which pairs a curriculum draws: those of members[k] in stage k, each of which lasts `steps` optimizer steps, the last one longer."""
+
+    members: list[np.ndarray]  # indices of pairs, (n,) each; a later stage holds all of an earlier one
+    steps: int
+
+
 class PairSampler:
     """The order of `num_pairs` pairs under `seed`; every micro-batch lies in one bucket of `bucket_of_pair` (num_pairs,), if given.
 
-    balance: which members are good, bool (num_pairs,), and their share of what is drawn.
+    balance: which members are good, bool (num_pairs,), and their share of what is drawn. stages: which members are drawn when.
 
     Raises:
         ValueError: `num_pairs` is below 1, the share is not between 0 and 1, or one class has no member.
     """
 
     def __init__(
-        self, num_pairs: int, seed: int, bucket_of_pair: np.ndarray | None = None, balance: tuple[np.ndarray, float] | None = None
+        self,
+        num_pairs: int,
+        seed: int,
+        bucket_of_pair: np.ndarray | None = None,
+        balance: tuple[np.ndarray, float] | None = None,
+        stages: Stages | None = None,
     ) -> None:
         if num_pairs < 1:
             raise ValueError(f"num_pairs is {num_pairs}, accepted: 1 or more; give a dataset with at least one pair")
@@ -46,6 +60,8 @@ class PairSampler:
         self._classes: tuple[_Stream, _Stream, Fraction] | None = None
         if balance is not None:
             self._classes = _two_classes(*balance, seed)
+        self._stages = stages
+        self._stage_streams = [_Stream(members, seed, stage) for stage, members in enumerate(stages.members)] if stages else []
         if bucket_of_pair is None:
             self._streams = [_Stream(np.arange(num_pairs), seed)]
         else:
@@ -74,6 +90,8 @@ class PairSampler:
         number = (step * accumulation + micro_step) * world_size + rank
         if self._classes is not None:
             return [_dealt(*self._classes, position) for position in range(number * batch_size, (number + 1) * batch_size)]
+        if self._stages is not None:
+            return self._staged(number, batch_size, accumulation * world_size)
         stream, number = self._place(number, batch_size)
         return [stream.at(position) for position in range(number * batch_size, (number + 1) * batch_size)]
 
@@ -86,6 +104,19 @@ class PairSampler:
     def num_micro_batches(self, passes: int, batch_size: int) -> int:
         """How many micro-batches bring every pair to at least `passes` visits."""
         return int(self._before(passes, batch_size).sum())
+
+    def _staged(self, number: int, batch_size: int, per_step: int) -> list[Item]:
+        """The items of the global micro-batch `number`, of which an optimizer step has `per_step`.
+
+        A stage begins a sequence of its own. Its visits go on after the most that a pair can have had before, so that no draw repeats.
+        """
+        assert self._stages is not None
+        stage = min(number // per_step // self._stages.steps, len(self._stage_streams) - 1)
+        drawn = self._stages.steps * per_step * batch_size  # in a stage
+        earlier = sum(-(-drawn // len(stream.members)) for stream in self._stage_streams[:stage])
+        first = number * batch_size - stage * drawn
+        found = (self._stage_streams[stage].at(position) for position in range(first, first + batch_size))
+        return [(index, earlier + visit) for index, visit in found]
 
     def _before(self, number: int, batch_size: int) -> np.ndarray:
         """Micro-batches of each bucket before pass `number`."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch.nn.functional as F
 
@@ -27,7 +27,7 @@ class WinnerAnchor:
 
         def guarded(batch: PreferenceBatch, evals: Sequence[Evaluation]) -> LossOutput:
             out, term = loss(batch, evals), self.anchor_weight * policy_error(evals)[:, 0]
-            return LossOutput(out.per_group + term, out.metrics | {"winner_anchor/term": term.detach().mean()})
+            return replace(out, per_group=out.per_group + term, metrics=out.metrics | {"winner_anchor/term": term.detach().mean()})
 
         return guarded
 
@@ -54,6 +54,6 @@ class WinnerFloor:
                 raise ValueError("guard winner_floor compares with the reference, but the method has none; use winner_anchor")
             term = self.floor_weight * F.relu(policy_error(evals) - reference_error(evals))[:, 0]
             out = loss(batch, evals)
-            return LossOutput(out.per_group + term, out.metrics | {"winner_floor/term": term.detach().mean()})
+            return replace(out, per_group=out.per_group + term, metrics=out.metrics | {"winner_floor/term": term.detach().mean()})
 
         return guarded

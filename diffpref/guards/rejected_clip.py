@@ -34,7 +34,7 @@ class RejectedClip:
             clipped = [self._clipped(e) for e in evals]
             share = torch.stack([c.float().mean() for _, c in clipped]).mean()
             out = loss(batch, [e for e, _ in clipped])
-            return LossOutput(out.per_group, out.metrics | {"rejected_clip/share": share})
+            return replace(out, metrics=out.metrics | {"rejected_clip/share": share})
 
         return guarded
 

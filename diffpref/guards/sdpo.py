@@ -41,7 +41,7 @@ class SDPO:
         def guarded(batch: PreferenceBatch, evals: Sequence[Evaluation]) -> LossOutput:
             scale = self.factor(evals)
             out = loss(batch, [replace(e, policy=_scaled(e.policy, scale)) for e in evals])
-            return LossOutput(out.per_group, out.metrics | {"sdpo/factor": scale.mean()})
+            return replace(out, metrics=out.metrics | {"sdpo/factor": scale.mean()})
 
         return guarded
 

@@ -6,8 +6,8 @@
 
 c is the probability that the label is right, given the policy and the reliability eta of whoever gave it; the gradient in z
 is p - c. At eta 1/2 nothing is learnt, towards 1 this becomes Diffusion-DPO, and pairs that the policy confidently contradicts
-fade. eta per pair comes from the score column "reliability" if there is one (`updated_reliability` in core/noisy_labels.py
-re-estimates it per annotator), else from the setting. A method for language models; initial value and averaging are ours.
+fade. A run re-estimates eta of every annotator after each update as a moving average of the mean c of its labels; a score column
+"reliability" fixes it per pair instead. A method for language models; initial value, averaging and floor are ours.
 """
 
 from __future__ import annotations
@@ -36,13 +36,21 @@ class LCPO:
     beta: float = 5000.0
     """Inverse temperature on half the mean squared error difference; larger keeps the policy closer to the reference."""
     reliability: float = 0.9
-    """Probability that a label is right where the data has no column of it, in (0.5, 1); lower filters more pairs."""
+    """Probability that a label is right at the start, in (0.5, 1); lower filters more pairs."""
+    reliability_decay: float = 0.99
+    """Share of an annotator's reliability that stays at each update; 1 leaves it as it is at the start."""
+    reliability_floor: float = 0.5
+    """Reliability is not estimated below this; at 0.5 an annotator's labels teach nothing any more."""
 
     def __post_init__(self) -> None:
         if not self.beta > 0:
             raise ValueError(f"beta is {self.beta}; LCPO needs beta > 0, usually 2000 to 5000 on SD and SDXL")
         if not 0.5 < self.reliability < 1:
             raise ValueError(f"reliability is {self.reliability}; it lies in (0.5, 1): at 0.5 nothing is learnt, 1 is Diffusion-DPO")
+        if not 0 <= self.reliability_decay <= 1:
+            raise ValueError(f"reliability_decay is {self.reliability_decay}; it lies in [0, 1], usually 0.99; 1 keeps the first value")
+        if not 0.5 <= self.reliability_floor <= self.reliability:
+            raise ValueError(f"reliability_floor is {self.reliability_floor}; it lies between 0.5 and reliability ({self.reliability})")
 
     def loss(self, batch: PreferenceBatch, evals: Sequence[Evaluation]) -> LossOutput:
         """Loss (G,) of pairs, chosen image first."""
@@ -52,7 +60,7 @@ class LCPO:
         reliability = self.reliability if given is None else given[:, 0]
         right, wrong = (label_confidence(_plain, z, reliability) for z in (logit, -logit))
         probability = label * right + (1 - label) * (1 - wrong)
-        return LossOutput(logistic(logit, probability), metrics | {"lcpo/confidence": right.mean()})
+        return LossOutput(logistic(logit, probability), metrics | {"lcpo/confidence": right.mean()}, label * right + (1 - label) * wrong)
 
 
 def _plain(logit: Tensor) -> Tensor:

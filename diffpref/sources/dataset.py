@@ -77,6 +77,12 @@ class Encoded:
     visits: list[int]
     slots: tuple[int, ...] = (0, 1)  # (K,) which of the U pictures a slot shows
     scores: dict[str, Tensor] = field(default_factory=dict)  # by scorer (G, K), best picture first
+    weight: Tensor | None = None  # (G,)
+
+
+def weight_of(pixels: PairPixels, index: Sequence[int]) -> Tensor | None:
+    """What multiplies the loss of groups, (G,)."""
+    return None if pixels.weights is None else torch.from_numpy(pixels.weights[list(index)])
 
 
 def scores_of(pixels: PairPixels, index: Sequence[int]) -> dict[str, Tensor]:
@@ -110,6 +116,7 @@ def assemble(encoded: Encoded, encoder: Encoder) -> PreferenceBatch:
         tuple(encoded.pair_ids),
         tuple(encoded.visits),
         {name: x.to(encoder.device) for name, x in encoded.scores.items()},
+        None if encoded.weight is None else encoded.weight.to(encoder.device),
     )
 
 
@@ -172,6 +179,7 @@ def from_disk(pixels: PairPixels, micro_batches: MicroBatches, encoder: Encoder,
                 batch["visit"].tolist(),
                 pixels.slots,
                 scores_of(pixels, batch["index"].tolist()),
+                weight_of(pixels, batch["index"].tolist()),
             ),
             encoder,
         )
@@ -221,4 +229,5 @@ class LatentCache:
             names = [pixels.group_id(i) for i, _ in items]
             prompts, visits = [pixels.prompts(i) for i, _ in items], [visit for _, visit in items]
             time_ids, scores = self.time_ids[index[:, None], views, image], scores_of(pixels, index.tolist())
-            yield assemble(Encoded(moments, time_ids, self.relevance[index], names, prompts, visits, pixels.slots, scores), encoder)
+            facts = (self.relevance[index], names, prompts, visits, pixels.slots, scores, weight_of(pixels, index.tolist()))
+            yield assemble(Encoded(moments, time_ids, *facts), encoder)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diffpref.training.order import check_order
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
@@ -89,6 +91,22 @@ class TrainConfig:
     """Sets of words, such as 'red green blue': where a second caption is missing, the prompt with a word exchanged within its set."""
     desirable_share: float | None = None
     """Share of good pictures among the single ones that Diffusion-KTO draws, 0.8 in its paper; that of the data when not given."""
+    curriculum_stages: int | None = None
+    """Train on clear pairs first, in this many stages that each add pairs with smaller gaps; 5 in Curriculum-DPO."""
+    curriculum_steps: int = 400
+    """Optimizer steps of a stage; the last one lasts until the end."""
+    curriculum_score: str | None = None
+    """Scorer whose score gaps order the pairs; the gaps in rank of ranked lists when not given."""
+    rarity_score: str | None = None
+    """Weigh pairs by how rare their score gap by this scorer is, as VideoDPO does; all alike when not given."""
+    rarity_exponent: float = 1.0
+    """Weight is (mean share / share of the gap's bin) to this power; 0 is no weighting."""
+    rarity_bins: int = 20
+    """Bins of equal width in the histogram of gaps."""
+    reference_update_steps: int | None = None
+    """Optimizer steps after which the reference moves to the policy; it stays what it was at the start when not given."""
+    reference_decay: float = 0.0
+    """Share of the reference that stays at each move: 0 copies the policy, 0.999 is a slow moving average."""
     choice_model: str | None = None
     """Scorer whose columns <name>_0 and <name>_1 decide which image is preferred, in place of the label; equal scores are a tie."""
     dreamlike_pairs_only: bool = False
@@ -229,6 +247,7 @@ class TrainConfig:
             raise ValueError(
                 f"dataloader_num_workers is {self.dataloader_num_workers}, but cache_latents decodes nothing while training; drop one"
             )
+        check_order(self)
         _check_tuning(self)
         _check_validation(self)
         if self.validation_steps and not (self.validation_prompts or self.held_out_pairs):
@@ -278,6 +297,11 @@ _AT_LEAST = {
     "checkpoints_total_limit": 1,
     "validation_steps": 1,
     "max_train_samples": 1,
+    "curriculum_stages": 1,
+    "curriculum_steps": 1,
+    "rarity_exponent": 0,
+    "rarity_bins": 1,
+    "reference_update_steps": 1,
     "held_out_pairs": 0,
     "dataloader_num_workers": 0,
     "lr_warmup_steps": 0,
@@ -319,7 +343,7 @@ def _check_ranges(config: TrainConfig) -> None:
         value = getattr(config, name)
         if value is not None and not value >= least:  # also true of nan
             raise ValueError(f"{name} is {value}; it must be at least {least}")
-    for name in ("proportion_empty_prompts", "label_noise_prob", "ema_decay"):
+    for name in ("proportion_empty_prompts", "label_noise_prob", "ema_decay", "reference_decay"):
         value = getattr(config, name)
         if not 0 <= value <= 1:
             raise ValueError(f"{name} is {value}; it is a share between 0 and 1")
@@ -337,6 +361,11 @@ def _check_tuning(config: TrainConfig) -> None:
         raise ValueError(f"base_dtype is {config.base_dtype}, but {why} in float32; use base_dtype fp32, or plain LoRA")
     needed = {
         "ema_decay": ("use_ema", config.use_ema),
+        "curriculum_steps": ("curriculum_stages", config.curriculum_stages is not None),
+        "curriculum_score": ("curriculum_stages", config.curriculum_stages is not None),
+        "rarity_exponent": ("rarity_score", config.rarity_score is not None),
+        "rarity_bins": ("rarity_score", config.rarity_score is not None),
+        "reference_decay": ("reference_update_steps", config.reference_update_steps is not None),
         "lr_num_cycles": ("lr_scheduler cosine_with_restarts", config.lr_scheduler == "cosine_with_restarts"),
         "lr_power": ("lr_scheduler polynomial", config.lr_scheduler == "polynomial"),
     }

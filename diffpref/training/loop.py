@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -54,6 +55,7 @@ def train(run: Run) -> None:
             values = run.log.means() | {"lr": float(run.scheduler.get_last_lr()[0])}
             start = time.perf_counter()
             values["grad_norm"] = update(run, values["loss"])
+            run.state.follow(config, step + 1, accelerator.device)
             values["time/compute"] = computing + time.perf_counter() - start
             skipped, earlier = after_update(run, step, values, seen, skipped)
             if earlier is not None:
@@ -95,6 +97,8 @@ def learn(run: Run, batch: PreferenceBatch) -> LossOutput:
     """Path, predictions, loss and backward pass of one micro-batch; the loss comes back without its graph."""
     accelerator, objective = run.accelerator, run.objective
     batch = batch.first(objective.images_per_group)
+    if run.state.reliability:
+        batch = run.state.reliability.attach(batch)
     loss = partial(objective.loss, batch)
     with accelerator.autocast():
         steps = objective.path(batch, run.process, batch.random(run.config.seed), run.policy, run.reference, run.null)
@@ -105,12 +109,15 @@ def learn(run: Run, batch: PreferenceBatch) -> LossOutput:
     if len(steps) > 1:  # the activations of all steps of a trajectory would not fit
         with accelerator.autocast():
             ask = (steps, batch.cond, run.policy, run.reference, loss)
-            return two_pass_backward(*ask, null=run.null, backward=backward, no_sync=partial(accelerator.no_sync, run.wrapped))
-    with accelerator.autocast():
-        evals = evaluate(steps, batch.cond, run.policy, run.reference, run.null, batch.reference_error)
-    out = loss(evals)
-    backward(out.per_group.mean())
-    return LossOutput(out.per_group.detach(), out.metrics)
+            out = two_pass_backward(*ask, null=run.null, backward=backward, no_sync=partial(accelerator.no_sync, run.wrapped))
+    else:
+        with accelerator.autocast():
+            evals = evaluate(steps, batch.cond, run.policy, run.reference, run.null, batch.reference_error)
+        out = loss(evals)
+        backward(out.per_group.mean())
+    if run.state.reliability:
+        run.state.reliability.note(batch, out)
+    return replace(out, per_group=out.per_group.detach())
 
 
 def update(run: Run, loss: float) -> float:

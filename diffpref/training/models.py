@@ -16,7 +16,7 @@ from diffpref.training.start import load_base, start_adapter
 
 
 def load_models(config: TrainConfig, objective: Objective, device: torch.device) -> tuple[Backbone, nn.Module, nn.Module | None]:
-    """The model on its device, its trained module, and the frozen copy that full training compares with, if the method needs one."""
+    """The model on its device, its trained module, and the frozen copy that full training compares with, if there is one."""
     backbone = load_base(config)
     check_resolution(config, backbone)
     backbone.pipeline.to(device)
@@ -24,7 +24,8 @@ def load_models(config: TrainConfig, objective: Objective, device: torch.device)
     if config.attention == "xformers":
         use_xformers(backbone.denoiser)
     backbone, module = make_trainable(config, backbone)
-    reference = copy.deepcopy(module) if config.tune == "full" and objective.needs_reference else None
+    is_frozen = config.tune == "full" and objective.needs_reference and not config.reference_update_steps
+    reference = copy.deepcopy(module) if is_frozen else None
     if config.gradient_checkpointing:
         backbone.denoiser.enable_gradient_checkpointing()
     module.eval()  # dropout would make policy and reference differ; even of probability 0 it changes memory layouts, and so rounding

@@ -100,5 +100,7 @@ def _timed(run: Run, work: Callable[[], T]) -> tuple[float, T]:
 
 
 def _drop_gradients(run: Run) -> None:
+    if run.state.reliability:
+        run.state.reliability.seen.clear()
     for p in run.trainable.values():
         p.grad = None

@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from diffpref.core.policy import adapter_off, frozen
+from diffpref.core.policy import adapter_off, frozen, stored
 from diffpref.core.process import DdpmProcess
 from diffpref.core.random import derived
 from diffpref.core.types import Conditioning, Predict, PreferenceBatch
@@ -33,6 +33,7 @@ from diffpref.training.hub import claim_repository
 from diffpref.training.models import load_models
 from diffpref.training.objective import Objective, fitted
 from diffpref.training.optim import check_optimizer
+from diffpref.training.order import new_sampler
 from diffpref.training.pairs import load_run_pairs
 from diffpref.training.preflight import Preflight
 from diffpref.training.probe import probe
@@ -40,7 +41,7 @@ from diffpref.training.run_folder import claim, open_folder
 from diffpref.training.run_log import RunLog
 from diffpref.training.saving import CheckpointWriter
 from diffpref.training.settings import to_flat
-from diffpref.training.sources import held_out_accuracy, new_encoder, new_pixels, new_sampler, new_source
+from diffpref.training.sources import held_out_accuracy, new_encoder, new_pixels, new_source
 from diffpref.training.state import TrainingState
 from diffpref.training.trackers import log_images, start_trackers
 from diffpref.training.validation import Validation, load_scorer
@@ -200,7 +201,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     sampler = new_sampler(config, pixels)
     preflight.config = config = with_steps(config, sampler, accelerator)
     preflight.check_model(objective, backbone, module, pixels, folder, resume)
-    state = TrainingState.start(config, module, accelerator)
+    state = TrainingState.start(config, module, accelerator, objective, pixels)
     wrapped, optimizer = accelerator.prepare(module, state.optimizer)
     if module is not backbone.denoiser:
         accelerator.prepare_model(backbone.denoiser, evaluation_mode=True)  # pictures are then drawn in the precision of training
@@ -218,7 +219,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
         wrapped=wrapped,
         trainable=state.trainable,
         policy=policy,
-        reference=new_reference(backbone, module, frozen_copy, policy) if objective.needs_reference else None,
+        reference=new_reference(backbone, module, frozen_copy, policy, state) if objective.needs_reference else None,
         null=encoder.null_prompt,
         optimizer=optimizer,
         scheduler=state.scheduler,
@@ -230,7 +231,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     )
     begin(run, preflight, partial(new_source, pixels=pixels, sampler=sampler, encoder=encoder, accelerator=accelerator), pairs, notes)
     if validation and held_out is not None and objective.needs_reference:
-        reference = new_reference(backbone, module, frozen_copy, alone)
+        reference = new_reference(backbone, module, frozen_copy, alone, state)
         validation.accuracy = held_out_accuracy(config, held_out, objective.groups, backbone, alone, reference, encoder)
     return run
 
@@ -265,12 +266,14 @@ def claim_places(config: TrainConfig, objective: Objective, accelerator: Acceler
     Raises ValueError as `claim` and `claim_repository` do; nothing is written on this machine.
     """
     folder, resume = claim(config, objective, accelerator)
-    check_early_stopping(config, objective)
+    check_reference(config, objective)
     return folder, resume, claim_repository(config, folder) if accelerator.is_main_process else None
 
 
-def new_reference(backbone: Backbone, module: nn.Module, frozen_copy: nn.Module | None, policy: Predict) -> Predict:
-    """What the policy is compared with: the frozen copy, or the policy without its adapters."""
+def new_reference(backbone: Backbone, module: nn.Module, frozen_copy: nn.Module | None, policy: Predict, state: TrainingState) -> Predict:
+    """What the policy is compared with: weights that follow it, the frozen copy, or the policy without its adapters."""
+    if state.reference is not None:
+        return stored(policy, state.trainable, state.reference)
     return adapter_off(module, policy) if frozen_copy is None else frozen(backbone.predictor, frozen_copy)
 
 
@@ -283,8 +286,12 @@ def with_steps(config: TrainConfig, sampler: PairSampler, accelerator: Accelerat
     return dataclasses.replace(config, max_train_steps=steps)
 
 
-def check_early_stopping(config: TrainConfig, objective: Objective) -> None:
-    """Raises ValueError when the value to stop by is not measured for this method."""
+def check_reference(config: TrainConfig, objective: Objective) -> None:
+    """Raises ValueError when the value to stop by is not measured for this method, or a reference is to move that is not there."""
+    if config.reference_update_steps is not None and not objective.needs_reference:
+        raise ValueError(
+            f"reference_update_steps is {config.reference_update_steps}, but method {config.method} has no reference; leave it out"
+        )
     by_accuracy = config.early_stopping_patience is not None and config.early_stopping_metric == "implicit_accuracy"
     if by_accuracy and not objective.needs_reference:
         raise ValueError(

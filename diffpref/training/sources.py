@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from diffpref.models.backbone import Backbone
 from diffpref.sources.dataset import Encoder, LatentCache, from_disk
 from diffpref.training.config import TrainConfig
 from diffpref.training.models import check_resolution
+from diffpref.training.order import group_weights
 from diffpref.training.validation import HeldOut
 
 
@@ -39,7 +40,7 @@ def new_pixels(config: TrainConfig, pairs: PairDataset, backbone: Backbone, grou
     buckets = new_buckets(config, pairs if groups is None else groups, backbone, is_main)
     if buckets and is_main:
         print(buckets.table(config.train_batch_size), file=sys.stderr)
-    return PairPixels(
+    pixels = PairPixels(
         pairs,
         check_resolution(config, backbone),
         config.seed,
@@ -49,6 +50,7 @@ def new_pixels(config: TrainConfig, pairs: PairDataset, backbone: Backbone, grou
         buckets=buckets,
         groups=groups,
     )
+    return replace(pixels, weights=group_weights(config, pixels))
 
 
 def new_buckets(config: TrainConfig, pairs: PairDataset | Groups, backbone: Backbone, progress: bool) -> Buckets | None:
@@ -63,18 +65,6 @@ def new_buckets(config: TrainConfig, pairs: PairDataset | Groups, backbone: Back
         )
     bucket_shapes(resolution, config.bucket_step)  # refuses what cannot work before reading thousands of pictures
     return Buckets.of_sizes(read_sizes(pairs, progress=progress), resolution, config.bucket_step)
-
-
-def new_sampler(config: TrainConfig, pixels: PairPixels) -> PairSampler:
-    """The order of the training groups. Raises ValueError for a desirable_share that cannot be drawn."""
-    buckets = pixels.buckets.of_pair if pixels.buckets else None
-    if config.desirable_share is None:
-        return PairSampler(len(pixels), config.seed, buckets)
-    if pixels.groups is None or pixels.slots != (0,):
-        raise ValueError(f"desirable_share is {config.desirable_share}, but method {config.method} draws no single pictures; leave it out")
-    if buckets is not None:
-        raise ValueError("desirable_share is given together with aspect_ratio_buckets, which have orders of their own; drop one of them")
-    return PairSampler(len(pixels), config.seed, balance=(pixels.groups.relevance[:, 0] >= 0.5, config.desirable_share))
 
 
 def new_encoder(config: TrainConfig, backbone: Backbone, device: torch.device, pictures: int = 2) -> Encoder:
@@ -134,5 +124,5 @@ def held_out_accuracy(
     groups = arranged(held_out, grouping) if grouping in ("captioned", "captions") else None
     buckets = new_buckets(config, held_out if groups is None else groups, backbone, progress=False)
     pixels = PairPixels(held_out, check_resolution(config, backbone), config.seed, buckets=buckets, groups=groups)
-    plain = dataclasses.replace(encoder, proportion_empty_prompts=0.0, prompt_cache={})
+    plain = replace(encoder, proportion_empty_prompts=0.0, prompt_cache={})
     return HeldOut.build(policy, reference, backbone.process, pixels, plain, config.train_batch_size)

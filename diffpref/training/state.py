@@ -12,18 +12,24 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from diffpref.core.policy import blend
+from diffpref.data.loader import PairPixels
 from diffpref.models.lora import trainable_state
 from diffpref.training import checkpoint
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import effective_learning_rate
 from diffpref.training.ema import Ema, evaluation_mode, exchanged
+from diffpref.training.objective import Objective
 from diffpref.training.optim import move_schedule, new_optimizer, new_schedule
+from diffpref.training.reliability import Reliability
 from diffpref.training.stopping import EarlyStopping
 
 
 @dataclass
 class TrainingState:
-    """Weights, optimizer, schedule, and where they are asked for the moving average, the loss scale and the best validation."""
+    """Weights, optimizer, schedule, and where they are asked for: moving average, loss scale, best validation, moving reference, and
+
+    the reliability of annotators."""
 
     trainable: dict[str, Tensor]
     optimizer: torch.optim.Optimizer  # not the one that accelerate wraps around it
@@ -31,11 +37,15 @@ class TrainingState:
     ema: Ema | None  # on the main process only, which validates and exports
     early_stopping: EarlyStopping | None
     scaler: Any  # of fp16 losses, else None
+    reference: dict[str, Tensor] | None  # the weights of a reference that moves, on their devices
+    reliability: Reliability | None
     data_key: int = 0
     """How often the run went back to a checkpoint; each time the draws after it become others."""
 
     @classmethod
-    def start(cls, config: TrainConfig, module: nn.Module, accelerator: Accelerator) -> TrainingState:
+    def start(
+        cls, config: TrainConfig, module: nn.Module, accelerator: Accelerator, objective: Objective, pixels: PairPixels
+    ) -> TrainingState:
         """The state before the first step. `module` is on its device. Raises ValueError for a rate that the schedule cannot have."""
         trainable = trainable_state(module)
         optimizer = new_optimizer(config, trainable.values(), effective_learning_rate(config, accelerator))
@@ -45,7 +55,9 @@ class TrainingState:
             scorer = str(config.validation_scorer).partition("=")[0]
             keys = {"implicit_accuracy": "eval/implicit_accuracy", "scorer": f"eval/{scorer}/mean"}
             early = EarlyStopping(config.early_stopping_patience, keys[config.early_stopping_metric])
-        return cls(trainable, optimizer, new_schedule(config, optimizer), ema, early, accelerator.scaler)
+        moving = {name: p.detach().clone() for name, p in trainable.items()} if config.reference_update_steps else None
+        reliability = Reliability.start(objective.method, pixels)
+        return cls(trainable, optimizer, new_schedule(config, optimizer), ema, early, accelerator.scaler, moving, reliability)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """For a checkpoint, by file; call it while the trained weights are in place."""
@@ -53,7 +65,9 @@ class TrainingState:
             "weights": self.trainable,
             "optimizer": checkpoint.optimizer_tensors(self.trainable, self.optimizer),
         }
-        return found | ({"ema": self.ema.average} if self.ema else {})
+        found |= {"ema": self.ema.average} if self.ema else {}
+        found |= {"reference": self.reference} if self.reference else {}
+        return found | ({"reliability": {"eta": self.reliability.eta}} if self.reliability else {})
 
     def numbers(self) -> dict[str, Any]:
         """For a checkpoint, as JSON."""
@@ -82,6 +96,17 @@ class TrainingState:
             self.ema.restore(tensors["ema"], numbers["ema"]["updates"])
         if self.early_stopping:
             self.early_stopping.restore(numbers["early_stopping"])
+        if self.reliability:
+            self.reliability.eta = tensors["reliability"]["eta"]
+        for name, x in (self.reference or {}).items():
+            x.copy_(tensors["reference"][name])
+
+    def follow(self, config: TrainConfig, step: int, device: torch.device) -> None:
+        """After optimizer step `step`, counted from 1: move what follows the policy. Every process must call it."""
+        if self.reference and config.reference_update_steps and step % config.reference_update_steps == 0:
+            blend(self.reference, self.trainable, config.reference_decay)
+        if self.reliability:
+            self.reliability.update(device)
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:
