@@ -52,7 +52,8 @@ class Reliability:
     def update(self, device: torch.device) -> None:
         """Move every annotator's number by what all processes saw since the last time; every process must call it."""
         confidence, annotators = (torch.cat(parts).to(device) for parts in zip(*self.seen, strict=True))
-        self.eta = updated_reliability(self.eta.to(device), confidence, annotators, self.decay, self.floor).cpu()
+        known = confidence.isfinite()  # an update that was skipped says nothing
+        self.eta = updated_reliability(self.eta.to(device), confidence[known], annotators[known], self.decay, self.floor).cpu()
         self.seen.clear()
 
     def _annotators(self, batch: PreferenceBatch) -> Tensor:

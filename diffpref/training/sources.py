@@ -21,7 +21,7 @@ from diffpref.models.backbone import Backbone
 from diffpref.sources.dataset import Encoder, LatentCache, from_disk
 from diffpref.training.config import TrainConfig
 from diffpref.training.models import check_resolution
-from diffpref.training.order import group_weights
+from diffpref.training.order import group_weights, new_sampler
 from diffpref.training.validation import HeldOut
 
 
@@ -94,7 +94,7 @@ def new_source(
 ) -> Iterator[PreferenceBatch]:
     """This rank's micro-batches from `first_step` on, drawn with the seed of `config`."""
     if config.seed != sampler.seed:  # the run went back to a checkpoint
-        pixels, encoder = dataclasses.replace(pixels, seed=config.seed), dataclasses.replace(encoder, seed=config.seed)
+        pixels, encoder = replace(pixels, seed=config.seed), replace(encoder, seed=config.seed)
         sampler = new_sampler(config, pixels)
 
     def items() -> Iterator[list[tuple[int, int]]]:
