@@ -38,6 +38,10 @@ QUIET = {
 """Environment of the libraries below us, so that the run's own lines can be seen; values already set win."""
 
 
+SHARED_WORK = ("train", "train-reward-model", "generate", "label", "evaluate", "verify", "benchmark")
+"""Commands that run on several processes; none of them outlives its launcher, or it would work beside the next start."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit code: 2 for a mistake of the user, others as in docs/reliability.md."""
     for name, value in QUIET.items():
@@ -46,6 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not words or words[0] in ("-h", "--help"):
         print(USAGE)
         return 0 if words else 2
+    if words[0] in SHARED_WORK:
+        _die_with_launcher()
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "generate": generate,
@@ -72,7 +78,6 @@ def _fail(message: str) -> int:
 
 def train(argv: list[str]) -> int:
     """Train, export, and on the testbed also compare with the base and write the report."""
-    _die_with_launcher()
     _use_all_cores()
     from diffpref.training.config import TrainConfig
     from diffpref.training.settings import build, convert, names_of
@@ -273,7 +278,6 @@ def _scorer_of(config: Any) -> Callable[[str], Callable[..., Any]]:
 
 def train_reward_model(argv: list[str]) -> int:
     """Fit a reward model to pairs; see diffpref/training/reward_command.py."""
-    _die_with_launcher()
     _use_all_cores()
     from diffpref.training.reward_command import train_reward_model as command
 

@@ -61,6 +61,21 @@ def line_chart(series: Mapping[str, Sequence[Point]], x_label: str = "step") -> 
     )
 
 
+def picture_file(series: Mapping[str, Sequence[Point]], x_label: str, title: str) -> str:
+    """The chart as the text of an SVG file of its own, with a title and the colours of the light scheme."""
+    chart = line_chart(series, x_label)
+    drawing = chart[chart.index('<svg class="chart"') :].partition(">")[2]
+    colours = ("#1f5fd0", "#c8641b", "#6b7686", "#0f8a74", "#9a4fb3", "#a88a10")
+    style = "".join(f".s{i} {{ stroke: {colour}; }}" for i, colour in enumerate(colours))
+    style += ".series { fill: none; stroke-width: 2; } .grid { stroke: #dfe3e9; } .axis { stroke: #5d6675; } text { fill: #5d6675; }"
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 -30 {_WIDTH} {_HEIGHT + 30}" width="{2 * _WIDTH}" '
+        f'font-family="sans-serif" font-size="12"><style>{style}</style>'
+        f'<rect y="-30" width="{_WIDTH}" height="{_HEIGHT + 30}" fill="#fff"/>'
+        f'<text x="{_LEFT}" y="-10" font-size="14">{html.escape(title)}</text>{drawing}'
+    )
+
+
 def interval_bar(value: float, low: float, high: float, style: str = "", reference: float = 0.5) -> str:
     """A horizontal bar on a scale of 0 to 1, from the reference line to `value`, with a whisker from low to high.
 

@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 
 from diffpref.evaluation import parts
-from diffpref.evaluation.chart import interval_bar, line_chart
+from diffpref.evaluation.chart import interval_bar, line_chart, picture_file
 from diffpref.evaluation.model_report import BASE, ModelReport, strength_curves
 from diffpref.evaluation.score_table import Comparison
 from diffpref.evaluation.style import STYLE_SHEET
@@ -51,8 +51,15 @@ Pictures = Callable[[str, int], np.ndarray]
 
 
 def write_page(report: ModelReport, folder: Path, pictures: Pictures, max_pictures: int) -> None:
-    """Write report.html into `folder`; at most max_pictures prompts are shown with their pictures."""
+    """Write report.html into `folder`, and strength-<LoRA>-<scorer>.svg where there are several strengths.
+
+    At most max_pictures prompts are shown with their pictures.
+    """
     write_text(folder / "report.html", render(report, pictures, max_pictures))
+    for label, lines in strength_curves(report).items():
+        for scorer, points in lines.items():
+            title = f"{label}: difference of {scorer} to the base"
+            write_text(folder / f"strength-{label}-{scorer}.svg", picture_file({scorer: points}, "LoRA strength", title))
 
 
 def render(report: ModelReport, pictures: Pictures, max_pictures: int) -> str:
@@ -124,16 +131,32 @@ def _strength(report: ModelReport) -> str:
 def _statistics(report: ModelReport) -> str:
     statistics = report.statistics()
     names = [name for name in statistics[BASE] if not all(math.isnan(values[name]) for values in statistics.values())]
+    others = trained_on_and_others(report)
     rows = []
     for model, values in statistics.items():
         cells = [parts.number(values[name]) + _change(values[name], statistics[BASE][name], name, model) for name in names]
-        rows.append([html.escape(model), *cells])
+        rates = [parts.percent(rate) for rate in others.get(model, (math.nan, math.nan))] if others else []
+        rows.append([html.escape(model), *rates, *cells])
     meaning = "; ".join(f"{name.replace('_', ' ')}: {_STATISTICS[name]}" for name in names)
     text = (
         "What else changed. A model that has learned to please one scorer often shows it here: more saturation, sharper noise, one "
         f"composition for all seeds. In brackets the change against the base. {html.escape(meaning)}."
     )
-    return parts.section("Beyond the scores", text, parts.table(("Model", *[n.replace("_", " ") for n in names]), rows))
+    if others:
+        text += " A win rate that grows on the trained score alone, while the others stand still or fall, is hacking."
+    head = ("Model", *(("wins, trained on", "wins, other scorers") if others else ()), *[n.replace("_", " ") for n in names])
+    return parts.section("Reward hacking", text, parts.table(head, rows))
+
+
+def trained_on_and_others(report: ModelReport) -> dict[str, tuple[float, float]]:
+    """Model -> its win rate by the score that was trained on, and the mean of its win rates by the others; empty without both."""
+    found: dict[str, tuple[float, float]] = {}
+    for model in report.measured:
+        own = [c.win_rate for c in report.comparisons if c.model == model and c.scorer == report.trained_on]
+        rest = [c.win_rate for c in report.comparisons if c.model == model and c.scorer != report.trained_on]
+        if own and rest:
+            found[model] = (own[0], float(np.mean(rest)))
+    return found
 
 
 def _change(value: float, base: float, name: str, model: str) -> str:

@@ -8,13 +8,14 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 
 from diffpref.data.prompts import PromptSet
 from diffpref.evaluation.generate import Drawing
-from diffpref.evaluation.model_page import pick_prompts, render, write_page
+from diffpref.evaluation.model_page import pick_prompts, render, trained_on_and_others, write_page
 from diffpref.evaluation.model_report import BASE, ModelReport, report_of, strength_curves, write_data
 from diffpref.evaluation.pictures import Measured, thumbnail
 
@@ -76,6 +77,9 @@ def test_data_page_and_markdown_hold_the_same_numbers(report: ModelReport, tmp_p
     assert [row["prompt"] for row in gallery["rows"]] == report.prompts.texts
     assert gallery["rows"][3]["scores"]["lora x1"]["pickscore"] == report.measured["lora x1"].scores["pickscore"][3, 0]
     assert "(trained on)" in page
+    own, other = (c for c in stored["comparisons"][:2])
+    assert trained_on_and_others(report)["lora x0.5"] == (own["win_rate"], other["win_rate"])
+    assert "<th>wins, other scorers</th>" in page
     assert "Training" in page
 
 
@@ -97,12 +101,17 @@ def test_many_prompts_show_extremes_and_some_between(report: ModelReport) -> Non
     assert "12 of 40 prompts are shown" in render(report, picture, 12)
 
 
-def test_strengths_make_a_curve(report: ModelReport) -> None:
+def test_strengths_make_a_curve(report: ModelReport, tmp_path: Path) -> None:
     (lines,) = strength_curves(report).values()
     assert [x for x, _ in lines["pickscore"]] == [0.0, 0.5, 1.0, 1.5]
     values = [y for _, y in lines["pickscore"]]
     assert values == sorted(values)
-    assert "Score against LoRA strength" in render(report, picture, 4)
+    write_page(report, tmp_path, picture, 4)
+    assert "Score against LoRA strength" in (tmp_path / "report.html").read_text()
+    drawing = ElementTree.parse(tmp_path / "strength-lora-pickscore.svg").getroot()
+    (line,) = (e for e in drawing.iter() if e.tag.endswith("polyline"))
+    assert len(str(line.get("points")).split()) == 4
+    assert sorted(p.name for p in tmp_path.glob("*.svg")) == ["strength-lora-aesthetic.svg", "strength-lora-pickscore.svg"]
 
 
 @pytest.fixture
