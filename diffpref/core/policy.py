@@ -46,6 +46,18 @@ def frozen(predictor: Callable[[nn.Module], Predict], copy: nn.Module) -> Predic
     return torch.no_grad()(predictor(copy.eval().requires_grad_(False)))
 
 
+def without_user(predict: Predict) -> Predict:
+    """The same function without user input: what a reference is that shares its network with a personalised policy.
+
+    Switching adapters off does not switch off the user branch of a UNet.
+    """
+
+    def plain(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        return predict(x_t, timesteps, replace(cond, user_embeds=None))
+
+    return plain
+
+
 def stored(policy: Predict, trainable: Mapping[str, Tensor], weights: Mapping[str, Tensor]) -> Predict:
     """The policy with other values of its trainable tensors: an earlier checkpoint or a moving average as the reference.
 

@@ -24,6 +24,7 @@ class Conditioning:
     pooled_prompt_embeds: Tensor | None = None  # (G, K, P), SDXL
     time_ids: Tensor | None = None  # (G, K, 6) in pixels, SDXL
     token_ids: Tensor | None = None  # (G, K, E, L) int64 for E text encoders; a row of -1 is an empty prompt encoded as zeros
+    user_embeds: Tensor | None = None  # (G, K, U, D) of the user, or of what else a picture should serve; zeros where unknown
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Conditioning:
         """Apply `fn` to every tensor that is present."""

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from diffpref.core.types import Conditioning, Predict
+from diffpref.models.user_attention import user_kwargs
 
 TIMESTEPS: tuple[int, ...] | None = None
 """What the family was trained at: every timestep."""
@@ -26,11 +27,11 @@ def text_depths(pipeline: DiffusionPipeline) -> list[int]:
 
 
 def predictor(denoiser: nn.Module) -> Predict:
-    """The UNet as a function over (G, K, ...)."""
+    """The UNet as a function over (G, K, ...); user_embeds are tokens of its user branch, if it has one."""
 
     def predict(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         flat = cond.map(lambda x: x.flatten(0, 1))
-        out = denoiser(x_t.flatten(0, 1), timesteps.flatten(), flat.prompt_embeds).sample
+        out = denoiser(x_t.flatten(0, 1), timesteps.flatten(), flat.prompt_embeds, **user_kwargs(flat.user_embeds)).sample
         return out.unflatten(0, x_t.shape[:2])
 
     return predict

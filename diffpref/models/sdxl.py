@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from diffpref.core.types import Conditioning, Predict
+from diffpref.models.user_attention import user_kwargs
 
 TIMESTEPS: tuple[int, ...] | None = None
 """What the family was trained at: every timestep."""
@@ -30,12 +31,13 @@ def text_depths(pipeline: DiffusionPipeline) -> list[int]:
 
 
 def predictor(denoiser: nn.Module) -> Predict:
-    """The UNet as a function over (G, K, ...); cond needs pooled_prompt_embeds and time_ids."""
+    """The UNet as a function over (G, K, ...); cond needs pooled_prompt_embeds and time_ids, user_embeds are tokens of its user branch."""
 
     def predict(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
         flat = cond.map(lambda x: x.flatten(0, 1))
         added = {"text_embeds": flat.pooled_prompt_embeds, "time_ids": flat.time_ids}
-        out = denoiser(x_t.flatten(0, 1), timesteps.flatten(), flat.prompt_embeds, added_cond_kwargs=added).sample
+        user = user_kwargs(flat.user_embeds)
+        out = denoiser(x_t.flatten(0, 1), timesteps.flatten(), flat.prompt_embeds, added_cond_kwargs=added, **user).sample
         return out.unflatten(0, x_t.shape[:2])
 
     return predict

@@ -1,0 +1,188 @@
+"""Cross-attention to tokens of a user beside the text cross-attention (PPD, Dang et al., 2025, arXiv:2501.06655).
+
+    Z = Attn(Q, K_text, V_text) + scale * sum_m weight_m Attn(Q, U_m W_k, U_m W_v)
+
+U_m are tokens of user m; one user with weight 1 while training. Same queries, a softmax of its own per user, no biases, and W_v zero at
+the start. So without tokens, with zero tokens, with scale 0 and before the first step the layer is the base model's, bit for bit.
+The tokens may say anything about a picture, for instance which of several rewards it should serve (MCDPO); nothing here is about people.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+from diffusers.models.attention_processor import XFormersAttnProcessor, XFormersJointAttnProcessor
+from torch import Tensor, nn
+
+from diffpref.core.random import generator
+from diffpref.core.types import Conditioning, Predict
+
+KeysAndValues = dict[str, tuple[Tensor, Tensor]]
+_XFORMERS = (XFormersAttnProcessor, XFormersJointAttnProcessor)
+
+
+@dataclass(frozen=True)
+class UserStates:
+    """What the user branch of every layer reads in one forward pass of B pictures."""
+
+    tokens: Tensor  # (B, M, n, d): n tokens of each of M users
+    weights: Tensor | None = None  # (B, M); None for weight 1
+    scale: float = 1.0
+    kept: KeysAndValues | None = None  # by layer: filled in the first pass and used in later ones; one dictionary per sampling run
+
+
+@dataclass
+class UserWeights:
+    """The user branch of a UNet: the module that makes tokens, and what is needed to build it again."""
+
+    projector: nn.Module  # (B, L, D) -> (B, n, d)
+    width: int  # d
+    config: Mapping[str, Any] = field(default_factory=dict)
+
+
+class QuietAttention:
+    """A processor that takes and ignores the user; for the layers without a user branch."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+
+    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, user: UserStates | None = None, **kwargs: Any) -> Tensor:
+        """What the inner processor computes."""
+        out: Tensor = self.inner(attn, hidden_states, *args, **kwargs)
+        return out
+
+
+class UserAttention(nn.Module):
+    """Processor of a text cross-attention layer with a user branch.
+
+    Both attentions go through diffusers' dispatcher, so `set_attention_backend` works for them; torch's own kernel by default.
+    """
+
+    def __init__(self, name: str, width: int, inner: int, seed: int, backend: AttentionBackendName | None = None) -> None:
+        super().__init__()
+        self.name = name
+        # Not to_k and to_v, which a LoRA would take for its targets.
+        self.user_k = nn.Linear(width, inner, bias=False)
+        self.user_v = nn.Linear(width, inner, bias=False)
+        bound = math.sqrt(3 / width)  # keys of unit variance for tokens of unit variance
+        nn.init.uniform_(self.user_k.weight, -bound, bound, generator=generator(seed, "user_attention", name))
+        nn.init.zeros_(self.user_v.weight)
+        self._attention_backend = backend
+        self._parallel_config = None
+
+    def __call__(  # diffusers looks at its signature for the arguments that a processor takes
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        user: UserStates | None = None,
+    ) -> Tensor:
+        """Attention of hidden_states (B, S, C) to text (B, L, D) and user; the steps of diffusers' own processor, in its order."""
+        residual = hidden_states
+        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
+        if encoder_hidden_states is not None and attn.norm_cross:
+            text = attn.norm_encoder_hidden_states(text)
+        if attention_mask is not None:
+            mask = attn.prepare_attention_mask(attention_mask, text.shape[1], len(text))
+            attention_mask = mask.view(len(text), attn.heads, -1, mask.shape[-1])
+        query = _heads(attn.to_q(hidden_states), attn.heads)
+        out = self._attend(query, _heads(attn.to_k(text), attn.heads), _heads(attn.to_v(text), attn.heads), attention_mask)
+        if user is not None and user.scale != 0:
+            out = out + user.scale * self._branch(query, user, attn.heads)
+        out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(query.dtype)))
+        if attn.residual_connection:
+            out = out + residual
+        return out / attn.rescale_output_factor
+
+    def _branch(self, query: Tensor, user: UserStates, heads: int) -> Tensor:
+        """The weighted sum of the users' attentions (B, S, H, C/H)."""
+        key, value = self._keys_and_values(user)
+        total: Tensor | None = None
+        for m in range(key.shape[1]):
+            part = self._attend(query, _heads(key[:, m], heads), _heads(value[:, m], heads), None)
+            if user.weights is not None:
+                part = part * user.weights[:, m, None, None, None].to(part)
+            total = part if total is None else total + part
+        assert total is not None, "user tokens of no user"
+        return total
+
+    def _keys_and_values(self, user: UserStates) -> tuple[Tensor, Tensor]:
+        """Both (B, M, n, C), from `kept` where they are there."""
+        if user.kept is not None and self.name in user.kept:
+            return user.kept[self.name]
+        found = self.user_k(user.tokens), self.user_v(user.tokens)
+        if user.kept is not None:
+            user.kept[self.name] = found
+        return found
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+        kernel = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
+        out: Tensor = dispatch_attention_fn(query, key.to(query.dtype), value.to(query.dtype), attn_mask=mask, **kernel)
+        return out
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    return x.unflatten(-1, (heads, -1))
+
+
+def add_user_attention(unet: UNet2DConditionModel, width: int, seed: int) -> None:
+    """Give every text cross-attention layer of a UNet a trainable user branch for tokens of this width. Add a LoRA before.
+
+    Raises ValueError for a UNet that has a user branch already, or attention layers of other kinds.
+    """
+    if user_layers(unet):
+        raise ValueError("this UNet has user weights already; load the model anew to give it others")
+    before, after = dict(unet.attn_processors), {}
+    for name, processor in before.items():
+        layer = unet.get_submodule(name.removesuffix(".processor"))
+        if not name.endswith("attn2.processor"):
+            after[name] = QuietAttention(processor)
+            continue
+        if layer.spatial_norm is not None or layer.group_norm is not None or layer.norm_q is not None or layer.added_kv_proj_dim is not None:
+            raise ValueError(f"attention layer {name} is of another kind than SD's and SDXL's; a user branch is built for these alone")
+        backend = AttentionBackendName.XFORMERS if isinstance(processor, _XFORMERS) else None
+        branch = UserAttention(name, width, layer.to_v.out_features, seed, backend)
+        after[name] = branch.to(next(layer.parameters()).device)
+    unet.set_attn_processor(after)
+
+
+def user_layers(unet: nn.Module) -> dict[str, UserAttention]:
+    """The user branches of a UNet by layer."""
+    return {name: module for name, module in unet.named_modules() if isinstance(module, UserAttention)}
+
+
+def user_kwargs(tokens: Tensor | None) -> dict[str, Any]:
+    """The argument by which a forward of the UNet hands tokens (B, n, d) to its user branches; none for None."""
+    return {} if tokens is None else {"cross_attention_kwargs": {"user": UserStates(tokens[:, None])}}
+
+
+def project(projector: nn.Module, embeds: Tensor) -> Tensor:
+    """Tokens (B, n, d) of user embeddings (B, L, D); exact zeros for an embedding of zeros, which is a dropped or unknown user."""
+    known = embeds.flatten(1).ne(0).any(1)
+    tokens: Tensor = projector(embeds)
+    return torch.where(known[:, None, None], tokens, torch.zeros((), dtype=tokens.dtype, device=tokens.device))
+
+
+class UserUNet(nn.Module):
+    """A UNet with user branches and the projector of its users in one forward: a data-parallel wrapper then sees all that is trained."""
+
+    def __init__(self, unet: nn.Module, projector: nn.Module, predictor: Any) -> None:
+        super().__init__()
+        self.unet = unet
+        self.projector = projector
+        self._predict: Predict = predictor(unet)
+
+    def forward(self, x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        """The prediction (G, K, C, h, w); cond.user_embeds (G, K, L, D), or None for the model without its user branch."""
+        if cond.user_embeds is not None:
+            tokens = project(self.projector, cond.user_embeds.flatten(0, 1)).unflatten(0, timesteps.shape)
+            cond = replace(cond, user_embeds=tokens)
+        return self._predict(x_t, timesteps, cond)
