@@ -21,6 +21,7 @@ class Recipe:
     settings: Settings = field(default_factory=dict)  # of the method
     path_settings: Settings = field(default_factory=dict)
     guards: Mapping[str, Settings] = field(default_factory=dict)
+    conditioning: str | None = None  # what the policy reads besides its prompt: "users" or "axes" (training/conditioning.py)
     provisional: str = ""  # what the paper does not say, and is therefore our choice
     groups: Literal["pairs", "captioned", "captions", "images", "lists"] = "pairs"  # what is compared, see data/groups.py
 
@@ -40,7 +41,9 @@ RECIPES: dict[str, Recipe] = {
     "lipo": Recipe("lipo", provisional="beta for diffusion models", groups="lists"),
     "list_mle": Recipe("lipo", settings={"list_loss": "list_mle"}, provisional="beta for diffusion models", groups="lists"),
     "mapo": Recipe("mapo"),
+    "mcdpo": Recipe("diffusion_dpo", conditioning="axes", provisional="where the axes enter, both dropout rates, beta"),
     "odpo": Recipe("odpo", provisional="alpha and beta for diffusion models"),
+    "ppd": Recipe("diffusion_dpo", conditioning="users", provisional="beta, user dropout, projector and initialisation"),
     "rank_dpo": Recipe("rank_dpo", path_settings={"shared_noise": False}, provisional="beta and learning rate", groups="lists"),
     "sft": Recipe("sft"),
     "smpo": Recipe("smpo", "inversion", path_settings={"num_steps": 5, "renoise_iterations": 1}),

@@ -140,7 +140,8 @@ def add_user_attention(unet: UNet2DConditionModel, width: int, seed: int) -> Non
     """
     if user_layers(unet):
         raise ValueError("this UNet has user weights already; load the model anew to give it others")
-    before, after = dict(unet.attn_processors), {}
+    before: dict[str, Any] = dict(unet.attn_processors)
+    after: dict[str, Any] = {}
     for name, processor in before.items():
         layer = unet.get_submodule(name.removesuffix(".processor"))
         if not name.endswith("attn2.processor"):

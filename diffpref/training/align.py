@@ -61,6 +61,7 @@ def align(config: TrainConfig, method: Method | Objective, notes: Sequence[str] 
         try:
             with run.exported():
                 names = export(run.backbone.pipeline, run.folder, config.tune, config.merge_lora)
+                names += run.port.save(run.folder, run.backbone.denoiser) if run.port else []
         except (OSError, SafetensorError) as error:
             raise NotSaved(f"the aligned model could not be written ({error}); {again(run)}") from error
         write_card(run.folder, run.repository)

@@ -25,8 +25,9 @@ def export(pipeline: DiffusionPipeline, folder: Path, tune: str, merge_lora: boo
     """
     hidden = folder / f".tmp-export-{os.getpid()}"
     shutil.rmtree(hidden, ignore_errors=True)
+    hidden.mkdir(parents=True)
     try:
-        if tune == "lora":
+        if tune == "lora" and adapted_parts(pipeline):
             save_lora(pipeline, hidden)
         if tune == "full" or merge_lora:
             save_pipeline(merged(pipeline), hidden)

@@ -12,10 +12,13 @@ from diffpref.models.backbone import Backbone, check_finite, with_text_encoders
 from diffpref.models.lora import add_lora
 from diffpref.training.config import TrainConfig
 from diffpref.training.objective import Objective
+from diffpref.training.port import Port
 from diffpref.training.start import load_base, start_adapter
 
 
-def load_models(config: TrainConfig, objective: Objective, device: torch.device) -> tuple[Backbone, nn.Module, nn.Module | None]:
+def load_models(
+    config: TrainConfig, objective: Objective, device: torch.device, port: Port | None = None
+) -> tuple[Backbone, nn.Module, nn.Module | None]:
     """The model on its device, its trained module, and the frozen copy that full training compares with, if there is one."""
     backbone = load_base(config)
     check_resolution(config, backbone)
@@ -23,7 +26,10 @@ def load_models(config: TrainConfig, objective: Objective, device: torch.device)
     check_finite(backbone, str(config.pretrained_model_name_or_path))
     if config.attention == "xformers":
         use_xformers(backbone.denoiser)
-    backbone, module = make_trainable(config, backbone)
+    if port is None or objective.has_adapter:
+        backbone, module = make_trainable(config, backbone)
+    if port is not None:
+        backbone, module = port.attach(config, backbone)
     is_frozen = config.tune == "full" and objective.needs_reference and not config.reference_update_steps
     reference = copy.deepcopy(module) if is_frozen else None
     if config.gradient_checkpointing:

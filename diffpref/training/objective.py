@@ -19,6 +19,7 @@ from diffpref.methods import METHODS, Method
 from diffpref.methods.recipes import RECIPES
 from diffpref.paths import PATHS, Path
 from diffpref.paths.forward import ForwardNoising
+from diffpref.training.conditioning import CONDITIONINGS, Conditioning
 from diffpref.training.settings import Settings, build, names_of
 
 
@@ -30,6 +31,7 @@ class Objective:
     path: Path = dataclasses.field(default_factory=ForwardNoising)
     guards: tuple[Guard, ...] = ()
     recipe: str | None = None  # its name in RECIPES, if it has one
+    conditioning: Conditioning | None = None  # what the policy reads besides its prompt
 
     @property
     def name(self) -> str:
@@ -41,7 +43,7 @@ class Objective:
     @property
     def parts(self) -> tuple[Any, ...]:
         """The dataclasses whose fields are the objective's settings."""
-        return (self.method, self.path, *self.guards)
+        return (self.method, self.path, *self.guards, *([self.conditioning] if self.conditioning else []))
 
     @property
     def needs_reference(self) -> bool:
@@ -52,6 +54,11 @@ class Objective:
     def groups(self) -> Grouping:
         """What a batch is made of: pairs unless a recipe says otherwise."""
         return RECIPES[self.name].groups if self.name in RECIPES else "pairs"
+
+    @property
+    def has_adapter(self) -> bool:
+        """Whether a LoRA run attaches one; a user branch may be trained alone."""
+        return self.conditioning is None or self.conditioning.user_tune == "user_lora"
 
     @property
     def images_per_group(self) -> int | None:
@@ -79,7 +86,7 @@ def as_objective(method: Method | Objective) -> Objective:
 
 def all_names() -> list[str]:
     """Every setting of any method, path or guard."""
-    return list(dict.fromkeys(names_of(*METHODS.values(), *PATHS.values(), *GUARDS.values())))
+    return list(dict.fromkeys(names_of(*METHODS.values(), *PATHS.values(), *GUARDS.values(), *CONDITIONINGS.values())))
 
 
 def objective_names(recipe: str, path: str | None = None, guards: Sequence[str] = ()) -> list[str]:
@@ -96,11 +103,12 @@ def build_objective(recipe: str, settings: Settings, path: str | None = None, gu
         build(cls, {**own, **{name: value for name, value in settings.items() if name in names_of(cls)}})
         for cls, own in _classes(recipe, path, guards)
     ]
-    return Objective(made[0], made[1], tuple(made[2:]), recipe)
+    port = made.pop() if RECIPES[recipe].conditioning else None
+    return Objective(made[0], made[1], tuple(made[2:]), recipe, port)
 
 
 def _classes(recipe: str, path: str | None, guards: Sequence[str]) -> Iterator[tuple[type[Any], dict[str, Any]]]:
-    """Method, path and guards with the settings that the recipe gives them."""
+    """Method, path, guards and conditioning with the settings that the recipe gives them."""
     if recipe not in RECIPES:
         raise ValueError(f"method is {recipe!r}; accepted: {', '.join(RECIPES)}")
     line = RECIPES[recipe]
@@ -112,6 +120,8 @@ def _classes(recipe: str, path: str | None, guards: Sequence[str]) -> Iterator[t
         if name not in GUARDS:
             raise ValueError(f"guards has {name!r}; accepted: {', '.join(GUARDS)}")
         yield GUARDS[name], dict(line.guards.get(name, {}))
+    if line.conditioning:
+        yield CONDITIONINGS[line.conditioning], {}
 
 
 def fitted(objective: Objective, pairs: PairDataset) -> Objective:

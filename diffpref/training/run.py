@@ -17,7 +17,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from diffpref.core.policy import adapter_off, frozen, stored
+from diffpref.core.policy import adapter_off, frozen, stored, without_user
 from diffpref.core.process import DdpmProcess
 from diffpref.core.random import derived
 from diffpref.core.types import Conditioning, Predict, PreferenceBatch
@@ -35,6 +35,7 @@ from diffpref.training.objective import Objective, fitted
 from diffpref.training.optim import check_optimizer
 from diffpref.training.order import new_sampler
 from diffpref.training.pairs import load_run_pairs
+from diffpref.training.port import Port, new_port
 from diffpref.training.preflight import Preflight
 from diffpref.training.probe import probe
 from diffpref.training.run_folder import claim, open_folder
@@ -66,6 +67,7 @@ class Run:
     state: TrainingState  # trainable, optimizer and scheduler, and what else a checkpoint holds
     validation: Validation | None
     data: str  # fingerprint of the training pairs
+    port: Port | None = None
     first_step: int = 0
     repository: str | None = None  # full id on the hub, on the main process of a run that pushes
     preflight: Preflight | None = None
@@ -194,9 +196,11 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     folder, resume, repository = claim_places(config, objective, accelerator)
     pairs, held_out = load_run_pairs(config, accelerator.is_main_process, objective.groups)
     objective = fitted(objective, pairs)
+    port = new_port(objective.conditioning, config, pairs, held_out, accelerator.is_main_process) if objective.conditioning else None
+    pairs = port.pairs if port else pairs
     scorer = load_scorer(config.validation_scorer, accelerator.device) if accelerator.is_main_process else None
     with preflight.loading():
-        backbone, module, frozen_copy = load_models(config, objective, accelerator.device)
+        backbone, module, frozen_copy = load_models(config, objective, accelerator.device, port)
     pixels = new_pixels(config, pairs, backbone, objective.groups, accelerator.is_main_process)
     sampler = new_sampler(config, pixels)
     preflight.config = config = with_steps(config, sampler, accelerator)
@@ -226,13 +230,15 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
         state=state,
         validation=validation,
         data=pairs.fingerprint,
+        port=port,
         first_step=first_step,
         repository=repository,
     )
-    begin(run, preflight, partial(new_source, pixels=pixels, sampler=sampler, encoder=encoder, accelerator=accelerator), pairs, notes)
+    source = partial(new_source, pixels=pixels, sampler=sampler, encoder=encoder, accelerator=accelerator, port=port)
+    begin(run, preflight, source, pairs, notes)
     if validation and held_out is not None and objective.needs_reference:
         reference = new_reference(backbone, module, frozen_copy, alone, state)
-        validation.accuracy = held_out_accuracy(config, held_out, objective.groups, backbone, alone, reference, encoder)
+        validation.accuracy = held_out_accuracy(config, held_out, objective.groups, backbone, alone, reference, encoder, port)
     return run
 
 
@@ -271,10 +277,10 @@ def claim_places(config: TrainConfig, objective: Objective, accelerator: Acceler
 
 
 def new_reference(backbone: Backbone, module: nn.Module, frozen_copy: nn.Module | None, policy: Predict, state: TrainingState) -> Predict:
-    """What the policy is compared with: weights that follow it, the frozen copy, or the policy without its adapters."""
+    """What the policy is compared with: weights that follow it, the frozen copy, or the policy without its adapters and its user."""
     if state.reference is not None:
-        return stored(policy, state.trainable, state.reference)
-    return adapter_off(module, policy) if frozen_copy is None else frozen(backbone.predictor, frozen_copy)
+        return without_user(stored(policy, state.trainable, state.reference))
+    return without_user(adapter_off(module, policy)) if frozen_copy is None else frozen(backbone.predictor, frozen_copy)
 
 
 def with_steps(config: TrainConfig, sampler: PairSampler, accelerator: Accelerator) -> TrainConfig:

@@ -22,6 +22,7 @@ from diffpref.sources.dataset import Encoder, LatentCache, from_disk
 from diffpref.training.config import TrainConfig
 from diffpref.training.models import check_resolution
 from diffpref.training.order import group_weights, new_sampler
+from diffpref.training.port import Port
 from diffpref.training.validation import HeldOut
 
 
@@ -90,7 +91,13 @@ def pictures_at_once(config: TrainConfig, per_group: int = 2) -> int:
 
 
 def new_source(
-    config: TrainConfig, pixels: PairPixels, sampler: PairSampler, encoder: Encoder, accelerator: Accelerator, first_step: int
+    config: TrainConfig,
+    pixels: PairPixels,
+    sampler: PairSampler,
+    encoder: Encoder,
+    accelerator: Accelerator,
+    first_step: int,
+    port: Port | None = None,
 ) -> Iterator[PreferenceBatch]:
     """This rank's micro-batches from `first_step` on, drawn with the seed of `config`."""
     if config.seed != sampler.seed:  # the run went back to a checkpoint
@@ -107,8 +114,10 @@ def new_source(
         )
 
     if config.cache_latents:
-        return LatentCache.build(pixels, encoder, config.train_batch_size).batches(items, encoder)
-    return from_disk(pixels, items, encoder, config.dataloader_num_workers)
+        batches = LatentCache.build(pixels, encoder, config.train_batch_size).batches(items, encoder)
+    else:
+        batches = from_disk(pixels, items, encoder, config.dataloader_num_workers)
+    return port.conditioned(batches) if port else batches
 
 
 def held_out_accuracy(
@@ -119,10 +128,12 @@ def held_out_accuracy(
     policy: Predict,
     reference: Predict,
     encoder: Encoder,
+    port: Port | None = None,
 ) -> HeldOut:
     """Implicit accuracy on the held-out pairs, with their full prompts and without mirroring; lists and single pictures as pairs."""
     groups = arranged(held_out, grouping) if grouping in ("captioned", "captions") else None
     buckets = new_buckets(config, held_out if groups is None else groups, backbone, progress=False)
     pixels = PairPixels(held_out, check_resolution(config, backbone), config.seed, buckets=buckets, groups=groups)
     plain = replace(encoder, proportion_empty_prompts=0.0, prompt_cache={})
-    return HeldOut.build(policy, reference, backbone.process, pixels, plain, config.train_batch_size)
+    found = HeldOut.build(policy, reference, backbone.process, pixels, plain, config.train_batch_size)
+    return replace(found, batches=list(port.conditioned(found.batches, is_training=False))) if port else found

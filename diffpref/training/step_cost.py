@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from diffpref.core.types import Conditioning
 from diffpref.models.backbone import FAMILIES, Backbone, vae_factor
 from diffpref.models.joint import TextAndUNet
+from diffpref.models.user_attention import UserUNet
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def step_cost(
     null = backbone.null_prompt()
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = without_memory(module)
-        unet: Any = network.unet if isinstance(network, TextAndUNet) else network
+        unet: Any = network.unet if isinstance(network, TextAndUNet | UserUNet) else network
         if checkpointing:
             unet.enable_gradient_checkpointing()
         else:

@@ -1,0 +1,143 @@
+"""Encoders of users, and user weights on disk: shared by training, the pipelines and `diffpref generate`.
+
+A folder of user weights holds
+    user_config.json              how the branch and its projector are built, and which encoder made the embeddings
+    user_weights.safetensors      "unet.<layer>..." and "projector...."
+    user_embeds.safetensors       an embedding (L, D) of each known user, by name
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from diffpref.models.backbone import FAMILIES, vae_factor
+from diffpref.models.family import family_of_config
+from diffpref.models.user_attention import add_user_attention, user_layers
+from diffpref.scorers.clip_towers import VIT_H, VIT_H_REPO, image_features, load_clip_model, load_towers
+from diffpref.scorers.preprocessing import ShortestSideCrop, normalise
+from diffpref.scorers.vlm_judge import load_vlm_judge
+from diffpref.scorers.weights import WeightSource, sha256
+from diffpref.users.examples import UserEncoder
+from diffpref.users.features import FeatureEncoder
+from diffpref.users.projectors import new_projector
+from diffpref.users.stored import EMBEDS_FILE
+from diffpref.users.vlm import DEFAULT_MODEL, VlmEncoder
+
+CONFIG_FILE, WEIGHTS_FILE = "user_config.json", "user_weights.safetensors"
+CLIP_REPO = "yuvalkirstain/PickScore_v1"
+LATENT_SIDE = 8
+"""Latents are averaged down to this side before the light encoder reads them."""
+Settings = Mapping[str, Any]
+
+
+def new_encoder(settings: Settings, pipeline: DiffusionPipeline, device: torch.device | str) -> UserEncoder | None:
+    """The encoder that `settings` names (user_encoder and its options); None for a table, whose users are numbers.
+
+    Raises ValueError for weights that are missing or do not fit.
+    """
+    kind, weights = settings["user_encoder"], settings.get("user_encoder_weights")
+    if kind == "vlm":
+        judge = load_vlm_judge(weights or DEFAULT_MODEL, device)
+        options = {"num_tokens": settings["user_tokens"], "layer": settings["vlm_layer"], "pooling": settings["vlm_pooling"]}
+        return VlmEncoder(judge.model, judge.processor, judge.version, judge.checksum, **options)
+    if kind == "clip":
+        return _clip_encoder(weights, device)
+    return _latent_encoder(pipeline, device) if kind == "vae" else None
+
+
+def _clip_encoder(weights: str | None, device: torch.device | str) -> FeatureEncoder:
+    """Unit vectors of both CLIP towers, from PickScore or any model in its layout."""
+    source = WeightSource("user_encoder clip", weights, CLIP_REPO)
+    path = source.weights(("model.safetensors", "pytorch_model.bin"))
+    towers = load_towers(source, load_clip_model(source, path, VIT_H), VIT_H_REPO, device)
+    crop = ShortestSideCrop(towers.image_size)
+
+    def pictures(images: Sequence[Image.Image]) -> Tensor:
+        return image_features(towers.model, normalise(torch.stack([crop.image(image) for image in images])).to(device))
+
+    return FeatureEncoder(pictures, towers.text_features, {"encoder": "clip", "version": weights or CLIP_REPO, "checksum": sha256(path)})
+
+
+def _latent_encoder(pipeline: DiffusionPipeline, device: torch.device | str) -> FeatureEncoder:
+    """Latents of the model's own autoencoder on a coarse grid, and its text encoder's mean state: needs no other model."""
+    vae, factor = pipeline.vae, vae_factor(pipeline)
+    family = FAMILIES[_family(pipeline)]
+    side = int(pipeline.unet.config.sample_size) * factor
+
+    def pictures(images: Sequence[Image.Image]) -> Tensor:
+        crop = ShortestSideCrop(side)
+        pixels = torch.stack([torch.from_numpy(np.array(crop.image(image))) for image in images]).to(device).float() / 127.5 - 1
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mean * vae.config.scaling_factor
+        return F.adaptive_avg_pool2d(latents.float(), min(LATENT_SIDE, latents.shape[-1])).flatten(1)
+
+    def prompts(texts: Sequence[str]) -> Tensor:
+        states: Tensor = family.encode_prompts(pipeline, texts).prompt_embeds
+        return states[:, 0].float().mean(1)
+
+    return FeatureEncoder(pictures, prompts, {"encoder": "vae", "side": side, "grid": LATENT_SIDE})
+
+
+def _family(pipeline: DiffusionPipeline) -> str:
+    pooled = getattr(pipeline, "text_encoder_2", None)
+    return family_of_config(pipeline.unet.config, pooled.config.projection_dim if pooled is not None else 0, "the pipeline")
+
+
+def branch_state(unet: nn.Module, projector: nn.Module) -> dict[str, Tensor]:
+    """Everything that a folder of user weights keeps, by name; buffers of the projector too."""
+    layers = {f"unet.{name}.{key}": x for name, layer in user_layers(unet).items() for key, x in layer.state_dict().items()}
+    return layers | {f"projector.{key}": x for key, x in projector.state_dict().items()}
+
+
+def save_user_weights(folder: Path, unet: nn.Module, projector: nn.Module, config: Settings, embeds: Mapping[str, Tensor]) -> None:
+    """Write a folder of user weights. config: projector (its name), sizes, width, encoder (settings of `new_encoder`) and what is known of it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    state = {name: x.detach().cpu().contiguous() for name, x in branch_state(unet, projector).items()}
+    for name, tensors in ((WEIGHTS_FILE, state), (EMBEDS_FILE, {user: x.contiguous() for user, x in embeds.items()})):
+        draft = folder / f".{name}.{os.getpid()}"
+        save_file(tensors, draft, metadata={"format": "pt"})
+        draft.replace(folder / name)
+    (folder / CONFIG_FILE).write_text(json.dumps({"format": 1, **config}, indent=1))
+
+
+def attach_user_weights(pipeline: DiffusionPipeline, folder: Path) -> tuple[nn.Module, dict[str, Any], dict[str, Tensor]]:
+    """Give a pipeline's UNet the user branch in `folder`; (projector, config, embeddings of the known users).
+
+    Raises ValueError for a folder without user weights, and for weights of another model.
+    """
+    path = folder / CONFIG_FILE
+    if not path.exists() or not (folder / WEIGHTS_FILE).exists():
+        raise ValueError(f"user_weights {str(folder)!r} has no {CONFIG_FILE} with {WEIGHTS_FILE}; give the output_dir of a PPD run")
+    config = json.loads(path.read_text())
+    unet, width = pipeline.unet, int(pipeline.unet.config.cross_attention_dim)
+    if config["width"] != width:
+        raise ValueError(
+            f"user_weights {str(folder)!r} belong to a model whose cross-attention is {config['width']} wide, this one's is {width}; "
+            "load the model that they were trained for"
+        )
+    projector = new_projector(config["projector"], **config["sizes"])
+    if not user_layers(unet):
+        add_user_attention(unet, width, 0)
+    state, own = load_file(folder / WEIGHTS_FILE), branch_state(unet, projector)
+    wrong = [name for name in {**state, **own} if name not in own or name not in state or own[name].shape != state[name].shape]
+    if wrong:
+        raise ValueError(f"user_weights {str(folder)!r} do not fit this model ({wrong[0]} and {len(wrong) - 1} more); load the right one")
+    with torch.no_grad():
+        for name, x in own.items():
+            x.copy_(state[name])  # state dicts share memory with their modules
+    device = next(unet.parameters()).device
+    for layer in user_layers(unet).values():
+        layer.to(device, unet.dtype).requires_grad_(False)
+    embeds = load_file(folder / EMBEDS_FILE) if (folder / EMBEDS_FILE).exists() else {}
+    return projector.to(device).eval().requires_grad_(False), config, embeds

@@ -1,0 +1,1 @@
+"""User embeddings from a few decided pairs of a user (PPD)."""
