@@ -29,10 +29,13 @@ _XFORMERS = (XFormersAttnProcessor, XFormersJointAttnProcessor)
 
 @dataclass(frozen=True)
 class UserStates:
-    """What the user branch of every layer reads in one forward pass of B pictures."""
+    """What the user branch of every layer reads in one forward pass of B pictures.
 
-    tokens: Tensor  # (B, M, n, d): n tokens of each of M users
-    weights: Tensor | None = None  # (B, M); None for weight 1
+    b divides B: 1 for one user of all pictures, B for one each, 2 for the two halves of classifier-free guidance, unconditional first.
+    """
+
+    tokens: Tensor  # (b, M, n, d): n tokens of each of M users
+    weights: Tensor | None = None  # (M,); None for weight 1
     scale: float = 1.0
     kept: KeysAndValues | None = None  # by layer: filled in the first pass and used in later ones; one dictionary per sampling run
 
@@ -104,18 +107,18 @@ class UserAttention(nn.Module):
 
     def _branch(self, query: Tensor, user: UserStates, heads: int) -> Tensor:
         """The weighted sum of the users' attentions (B, S, H, C/H)."""
-        key, value = self._keys_and_values(user)
+        key, value = (x.repeat_interleave(len(query) // len(x), 0) for x in self._keys_and_values(user))
         total: Tensor | None = None
         for m in range(key.shape[1]):
             part = self._attend(query, _heads(key[:, m], heads), _heads(value[:, m], heads), None)
             if user.weights is not None:
-                part = part * user.weights[:, m, None, None, None].to(part)
+                part = part * user.weights[m].to(part)
             total = part if total is None else total + part
         assert total is not None, "user tokens of no user"
         return total
 
     def _keys_and_values(self, user: UserStates) -> tuple[Tensor, Tensor]:
-        """Both (B, M, n, C), from `kept` where they are there."""
+        """Both (b, M, n, C), from `kept` where they are there."""
         if user.kept is not None and self.name in user.kept:
             return user.kept[self.name]
         found = self.user_k(user.tokens), self.user_v(user.tokens)
