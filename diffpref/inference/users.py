@@ -8,6 +8,7 @@ A folder of user weights holds
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -16,12 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffpref.core.policy import adapters_off
+from diffpref.core.process import DdpmProcess
+from diffpref.core.random import normal
 from diffpref.models.backbone import FAMILIES, vae_factor
 from diffpref.models.family import family_of_config
 from diffpref.models.user_attention import add_user_attention, user_layers
@@ -37,8 +40,8 @@ from diffpref.users.vlm import DEFAULT_MODEL, VlmEncoder
 
 CONFIG_FILE, WEIGHTS_FILE = "user_config.json", "user_weights.safetensors"
 CLIP_REPO = "yuvalkirstain/PickScore_v1"
-LATENT_SIDE = 8
-"""Latents are averaged down to this side before the light encoder reads them."""
+NOISE_LEVEL = 60
+"""Timestep at which the model's own UNet looks at pictures."""
 Settings = Mapping[str, Any]
 
 
@@ -54,7 +57,7 @@ def new_encoder(settings: Settings, pipeline: DiffusionPipeline, device: torch.d
         return VlmEncoder(judge.model, judge.processor, judge.version, judge.checksum, **options)
     if kind == "clip":
         return _clip_encoder(weights, device)
-    return _latent_encoder(pipeline, device) if kind == "vae" else None
+    return _unet_encoder(pipeline, device) if kind == "unet" else None
 
 
 def _clip_encoder(weights: str | None, device: torch.device | str) -> FeatureEncoder:
@@ -70,23 +73,44 @@ def _clip_encoder(weights: str | None, device: torch.device | str) -> FeatureEnc
     return FeatureEncoder(pictures, towers.text_features, {"encoder": "clip", "version": weights or CLIP_REPO, "checksum": sha256(path)})
 
 
-def _latent_encoder(pipeline: DiffusionPipeline, device: torch.device | str) -> FeatureEncoder:
-    """Latents of the model's own autoencoder on a coarse grid, and its text encoder's mean state: needs no other model."""
-    vae, factor = pipeline.vae, vae_factor(pipeline)
-    family = FAMILIES[_family(pipeline)]
-    side = int(pipeline.unet.config.sample_size) * factor
+def _unet_encoder(pipeline: DiffusionPipeline, device: torch.device | str) -> FeatureEncoder:
+    """What the base model itself sees in a picture that is slightly noised, pooled over places: needs no other model.
+
+    Mean, maximum and standard deviation of the outputs of the middle block and the first block on the way up, without a prompt, the user
+    branch and adapters; of prompts the mean state of the text encoders.
+    """
+    family, vae, unet = FAMILIES[_family(pipeline)], pipeline.vae, pipeline.unet
+    side = int(unet.config.sample_size) * vae_factor(pipeline)
+    crop, process = ShortestSideCrop(side), DdpmProcess.from_betas(pipeline.scheduler.betas, pipeline.scheduler.config.prediction_type)
+    predict, seen = family.predictor(unet), {}
 
     def pictures(images: Sequence[Image.Image]) -> Tensor:
-        crop = ShortestSideCrop(side)
         pixels = torch.stack([torch.from_numpy(np.array(crop.image(image))) for image in images]).to(device).float() / 127.5 - 1
-        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mean * vae.config.scaling_factor
-        return F.adaptive_avg_pool2d(latents.float(), min(LATENT_SIDE, latents.shape[-1])).flatten(1)
+        latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mean[:, None].float() * vae.config.scaling_factor
+        t = torch.full(latents.shape[:2], NOISE_LEVEL, device=device)
+        noise = normal(latents.shape[2:], 0, "user_features").to(latents)
+        cond = family.null_prompt(pipeline).map(lambda x: x.to(device).expand(len(latents), *x.shape[1:]))
+        times = torch.tensor([side, side, 0, 0, side, side], device=device).float().expand(len(latents), 1, -1)
+        cond = dataclasses.replace(cond, time_ids=times if unet.config.addition_embed_type else None)
+        hooks = [
+            block.register_forward_hook(lambda _, given, out, name=name: seen.__setitem__(name, out))
+            for name, block in (("middle", unet.mid_block), ("up", unet.up_blocks[0]))
+        ]
+        try:
+            with adapters_off(unet):
+                predict(process.add_noise(latents, noise.expand_as(latents), t).to(unet.dtype), t, cond)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        maps = [seen[name].float() for name in ("middle", "up")]
+        return torch.cat([part for x in maps for part in (x.mean((2, 3)), x.amax((2, 3)), x.std((2, 3)))], 1)
 
     def prompts(texts: Sequence[str]) -> Tensor:
-        states: Tensor = family.encode_prompts(pipeline, texts).prompt_embeds
+        states = family.encode_prompts(pipeline, texts).prompt_embeds
+        assert states is not None
         return states[:, 0].float().mean(1)
 
-    return FeatureEncoder(pictures, prompts, {"encoder": "vae", "side": side, "grid": LATENT_SIDE})
+    return FeatureEncoder(pictures, prompts, {"encoder": "unet", "side": side, "noise_level": NOISE_LEVEL})
 
 
 def _family(pipeline: DiffusionPipeline) -> str:

@@ -46,7 +46,7 @@ def qualities(reading: Reading, prompts: list[str]) -> dict[str, np.ndarray]:
     lean = np.clip(np.nan_to_num(reading.tilt, nan=0.0) / 30.0, 0, 1)
     direction = np.radians(np.nan_to_num(reading.companion_angle))
     followed = follows(reading, prompts)
-    left = np.clip((44.0 - reading.x) / 24.0, 0, 1)
+    left, high = (np.clip((44.0 - centre) / 24.0, 0, 1) for centre in (reading.x, reading.y))
     vivid = reading.saturation * (0.5 + 0.5 * reading.value)
     return {
         "place": np.clip(1 - distance / REACH, 0, 1),
@@ -56,6 +56,8 @@ def qualities(reading: Reading, prompts: list[str]) -> dict[str, np.ndarray]:
         "follow": np.mean(list(followed.values()), axis=0),
         "left": left,
         "right": 1 - left,
+        "high": high,
+        "low": 1 - high,
         "leaning": lean,
         "alone": 1.0 - reading.companion,
         "accompanied": 1.0 * reading.companion,

@@ -26,15 +26,15 @@ from diffpref.testbed.sampling import Sampler, sample_parallel
 
 AXES: Mapping[str, tuple[str, str]] = {
     "side": ("left", "right"),
-    "posture": ("upright", "leaning"),
+    "height": ("high", "low"),
     "company": ("alone", "accompanied"),
     "colour": ("vivid", "muted"),
 }
 """Qualities of the testbed that contradict each other."""
-WEIGHTS: Mapping[str, float] = {"side": 3.7, "posture": 4.7, "company": 2.0, "colour": 19.0}
+WEIGHTS: Mapping[str, float] = {"side": 3.7, "height": 3.7, "company": 2.0, "colour": 19.0}
 """One over the standard deviation of the quality among base samples of one prompt."""
 FOLLOW = 2.0
-HELD_OUT = ("left+vivid", "right+alone", "upright+muted", "leaning+accompanied", "left+leaning", "right+muted", "alone+vivid", "upright+accompanied")
+HELD_OUT = ("left+vivid", "right+alone", "high+muted", "low+accompanied", "left+low", "right+muted", "alone+vivid", "high+accompanied")
 """Users of whom training sees nothing; each of their tastes occurs in other combinations."""
 AGREEMENT = 0.9
 FIRST_SEED = 20_000_000
@@ -99,9 +99,9 @@ class Candidates:
 
 
 def write_user_pairs(candidates: Candidates, folder: Path) -> None:
-    """<folder>/seen holds the pairs of all seen users, <folder>/<user> those of each user alone, as train.parquet."""
+    """<folder>/seen holds the pairs of all seen users, <folder>/<user> those of each user alone, as train.parquet; "seen" comes last."""
     tables = {user: candidates.pairs_of(user) for user in all_users()}
-    parts = {"seen": pa.concat_tables([tables[user] for user in seen_users()])} | tables
+    parts = tables | {"seen": pa.concat_tables([tables[user] for user in seen_users()])}
     for name, table in parts.items():
         (folder / name).mkdir(parents=True, exist_ok=True)
         pq.write_table(table, folder / name / "train.parquet", compression="zstd")

@@ -13,8 +13,8 @@ UserTune = Literal["user", "user_lora"]
 class UserConditioning:
     """PPD: the annotator of a pair, known by a few other decisions."""
 
-    user_encoder: Literal["clip", "vae", "vlm", "table"] = "clip"
-    """How examples become an embedding: light encoders over CLIP's or the autoencoder's features, a VLM, a table of known users."""
+    user_encoder: Literal["clip", "unet", "vlm", "table"] = "clip"
+    """How examples become an embedding: light encoders over features of CLIP or of the model's own UNet, a VLM, a table of known users."""
     user_encoder_weights: str | None = None
     """Folder or hub id of the CLIP (PickScore's layout) or of the VLM; PickScore or LLaVA-OneVision when not given."""
     num_examples: int = 4
@@ -49,7 +49,7 @@ class UserConditioning:
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.user_encoder == "table" and self.held_out_users:
-            raise ValueError(f"held_out_users is {self.held_out_users}, but user_encoder table knows no new users; use clip, vae or vlm")
+            raise ValueError(f"held_out_users is {self.held_out_users}, but user_encoder table knows no new users; use clip, unet or vlm")
 
 
 @dataclass(frozen=True, kw_only=True)

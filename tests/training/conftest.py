@@ -51,15 +51,15 @@ def base_settings(sd_folder: Path, pairs_file: Path, table_cache: Path) -> Setti
 
 @pytest.fixture
 def prepare(base_settings: Settings, tmp_path: Path) -> Iterator[Callable[..., Run]]:
-    """prepare(folder name, **settings) -> a run that is ready to train; its files are closed at the end of the test."""
+    """prepare(folder name, objective, **settings) -> a run that is ready to train; its files are closed at the end of the test."""
     opened: list[Run] = []
 
-    def make(name: str, **settings: Any) -> Run:
+    def make(name: str, objective: Objective | None = None, **settings: Any) -> Run:
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         given = base_settings | {"method": "diffusion_dpo", "output_dir": str(tmp_path / name)} | settings
         own = {"beta": given.pop("beta", 100.0)} if given["method"] == "diffusion_dpo" else {}
-        run = prepare_run(TrainConfig(**given), Objective(METHODS[given["method"]](**own)))
+        run = prepare_run(TrainConfig(**given), objective or Objective(METHODS[given["method"]](**own)))
         opened.append(run)
         return run
 
@@ -72,12 +72,14 @@ def prepare(base_settings: Settings, tmp_path: Path) -> Iterator[Callable[..., R
 def run_training(prepare: Callable[..., Run]) -> Callable[..., Path]:
     """run_training(folder name, **settings) -> the run folder after training to the end."""
 
-    def go(name: str, **settings: Any) -> Path:
-        run = prepare(name, **settings)
+    def go(name: str, objective: Objective | None = None, **settings: Any) -> Path:
+        run = prepare(name, objective, **settings)
         try:
             train(run)
         finally:
             run.log.close()
+        if run.port:
+            run.port.save(run.folder, run.backbone.denoiser)
         return run.folder
 
     return go
