@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -17,6 +17,7 @@ from PIL import Image
 
 from diffpref.evaluation.generate import as_rows, contact_sheet, generate
 from diffpref.inference.processes import sharing_processes
+from diffpref.inference.user_pipelines import as_user_pipeline
 from diffpref.locations import asset
 from diffpref.models.lora_file import merge_lora
 from diffpref.models.pipeline import load_pipeline, needs_picture
@@ -59,6 +60,16 @@ class SampleConfig:
     """LoRA in diffusers' or kohya's form: a .safetensors file, or a folder such as the output_dir of a LoRA run."""
     lora_scale: float = 1.0
     """Strength of the adapter; 0 is the base model."""
+    user_weights: str | None = None
+    """Folder of a PPD or MCDPO run; its LoRA, if it trained one, is given by lora."""
+    user: tuple[str, ...] = ()
+    """Users to draw for: a name of the training, or several with weights (anna=0.3 ben=0.7)."""
+    user_examples: str | None = None
+    """Decided pairs of a new user, a folder or file as in docs/data.md, in place of user."""
+    user_scale: float = 1.0
+    """Strength of the user; 0 draws for nobody."""
+    user_mixing: Literal["embeddings", "branches"] = "embeddings"
+    """What weights mix: the users' tokens, or the outputs of their branches."""
     prompts: tuple[str, ...] = ()
     """Prompts; quote each."""
     prompt_file: str | None = None
@@ -94,6 +105,10 @@ class SampleConfig:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         if (self.height is None) != (self.width is None):
             raise ValueError(f"height is {self.height} and width {self.width}; give both or neither")
+        if (self.user or self.user_examples) and not self.user_weights:
+            raise ValueError("user or user_examples is given without user_weights; give the output_dir of a PPD run")
+        if self.user_weights and bool(self.user) == bool(self.user_examples):
+            raise ValueError("user_weights is given; name user or user_examples, one of the two")
 
 
 def sample(config: SampleConfig) -> int:
@@ -164,10 +179,32 @@ def load(config: SampleConfig) -> DiffusionPipeline:
         merge_lora(pipeline, config.lora, "lora", config.lora_scale)
     elif config.lora_scale != 1.0:
         raise ValueError(f"lora_scale is {config.lora_scale} but no lora is given; add --lora FILE_OR_FOLDER")
+    if config.user_weights:
+        pipeline = for_user(pipeline, config)
     if config.sampler != "checkpoint":
         name, options = SAMPLERS[config.sampler]
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
     return pipeline
+
+
+def for_user(pipeline: DiffusionPipeline, config: SampleConfig) -> DiffusionPipeline:
+    """The pipeline, drawing for the user of the settings. Raises ValueError for unknown users and weights that do not fit."""
+    made = as_user_pipeline(pipeline, str(config.user_weights))
+    how: Any = {"user_scale": config.user_scale, "user_mixing": config.user_mixing}
+    made.set_user(user_weights_of(config.user) if config.user else None, user_examples=config.user_examples, **how)
+    return made
+
+
+def user_weights_of(words: Sequence[str]) -> dict[str, float]:
+    """Weights by name from `anna` or `anna=0.3`. Raises ValueError for a weight that is no number."""
+    found = {}
+    for word in words:
+        name, separator, number = word.partition("=")
+        try:
+            found[name] = float(number) if separator else 1.0
+        except ValueError:
+            raise ValueError(f"user is {word!r}; write a name, or name=weight with a number") from None
+    return found
 
 
 def finish(config: SampleConfig, jobs: list[tuple[str, int]], folder: Path) -> None:

@@ -83,7 +83,7 @@ class UserPipeline:
             raise ValueError("these user weights know the users of their training only; use `users`, or train with user_encoder clip")
         if len(found) < settings["num_examples"]:
             raise ValueError(
-                f"user_examples has {len(found)} decided pairs, but the model was trained with {settings['num_examples']} of a user; give more"
+                f"user_examples has {len(found)} decided pairs, but the model was trained with {settings['num_examples']}; give more"
             )
         if self._user_encoder is None:
             self._user_encoder = new_encoder(settings, self, self.unet.device)  # type: ignore[arg-type]

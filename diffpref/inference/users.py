@@ -15,7 +15,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
@@ -85,7 +84,7 @@ def _unet_encoder(pipeline: DiffusionPipeline, device: torch.device | str) -> Fe
     predict, seen = family.predictor(unet), {}
 
     def pictures(images: Sequence[Image.Image]) -> Tensor:
-        pixels = torch.stack([torch.from_numpy(np.array(crop.image(image))) for image in images]).to(device).float() / 127.5 - 1
+        pixels = torch.stack([crop.image(image) for image in images]).to(device).float() / 127.5 - 1
         latents = vae.encode(pixels.to(vae.dtype)).latent_dist.mean[:, None].float() * vae.config.scaling_factor
         t = torch.full(latents.shape[:2], NOISE_LEVEL, device=device)
         noise = normal(latents.shape[2:], 0, "user_features").to(latents)
@@ -125,7 +124,7 @@ def branch_state(unet: nn.Module, projector: nn.Module) -> dict[str, Tensor]:
 
 
 def save_user_weights(folder: Path, unet: nn.Module, projector: nn.Module, config: Settings, embeds: Mapping[str, Tensor]) -> None:
-    """Write a folder of user weights. config: projector (its name), sizes, width, encoder (settings of `new_encoder`) and what is known of it."""
+    """Write a folder of user weights. config: projector (its name), sizes, width, encoder (settings of `new_encoder`)."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: x.detach().cpu().contiguous() for name, x in branch_state(unet, projector).items()}
     for name, tensors in ((WEIGHTS_FILE, state), (EMBEDS_FILE, {user: x.contiguous() for user, x in embeds.items()})):

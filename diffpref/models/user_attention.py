@@ -150,7 +150,12 @@ def add_user_attention(unet: UNet2DConditionModel, width: int, seed: int) -> Non
         if not name.endswith("attn2.processor"):
             after[name] = QuietAttention(processor)
             continue
-        if layer.spatial_norm is not None or layer.group_norm is not None or layer.norm_q is not None or layer.added_kv_proj_dim is not None:
+        if (
+            layer.spatial_norm is not None
+            or layer.group_norm is not None
+            or layer.norm_q is not None
+            or layer.added_kv_proj_dim is not None
+        ):
             raise ValueError(f"attention layer {name} is of another kind than SD's and SDXL's; a user branch is built for these alone")
         backend = AttentionBackendName.XFORMERS if isinstance(processor, _XFORMERS) else None
         branch = UserAttention(name, width, layer.to_v.out_features, seed, backend)

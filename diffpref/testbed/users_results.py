@@ -314,7 +314,10 @@ def interpolation(config: UsersConfig, first: str = "left+high", second: str = "
 
 def table(result: dict[str, Any]) -> str:
     """The numbers for people."""
-    lines = ["| users | base | one model for all | PPD | PPD, users exchanged | a model each | gap closed |", "|---|---|---|---|---|---|---|"]
+    lines = [
+        "| users | base | one model for all | PPD | PPD, users exchanged | a model each | gap closed |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for group in ("seen", "unseen"):
         r, gap = result[group]["reward"], result[group]["gap_closed"]
         means = " | ".join(f"{r[name]:.2f}" for name in ("base", "all", "ppd", "swapped", "separate"))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -85,7 +85,9 @@ def with_embeds(batch: PreferenceBatch, embeds: Tensor) -> PreferenceBatch:
 class UserPort:
     """Users known by examples, or by number."""
 
-    def __init__(self, settings: UserConditioning, seed: int, pairs: PairDataset, users: dict[str, list[Pair]], facts: dict[str, Any]) -> None:
+    def __init__(
+        self, settings: UserConditioning, seed: int, pairs: PairDataset, users: dict[str, list[Pair]], facts: dict[str, Any]
+    ) -> None:
         self.settings, self.seed, self.pairs, self.users, self.facts = settings, seed, pairs, users, facts
         self.user_of = {pair.pair_id: user for user, own in users.items() for pair in own}
         self.contexts: dict[str, Contexts] = {}
@@ -149,7 +151,12 @@ class UserPort:
             return
         count, examples = settings.contexts_per_user, settings.num_examples
         self.contexts = {user: Contexts.draw(own, examples, count, self.seed) for user, own in self.users.items()}
-        facts = dict(encoder.facts) | {"num_examples": examples, "contexts_per_user": count, "seed": self.seed, "pairs": self.pairs.fingerprint}
+        facts = dict(encoder.facts) | {
+            "num_examples": examples,
+            "contexts_per_user": count,
+            "seed": self.seed,
+            "pairs": self.pairs.fingerprint,
+        }
         cache = Path(settings.user_cache) if settings.user_cache else None
         stored = load_embeds(cache, facts) if cache else None
         if stored is None:

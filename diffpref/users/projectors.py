@@ -71,9 +71,7 @@ class ExampleEncoder(nn.Module):
     scale: Tensor
     unit: Tensor
 
-    def __init__(
-        self, picture: int, prompt: int, width: int, num_tokens: int = 4, dim: int = 16, hidden: int = 128, seed: int = 0
-    ) -> None:
+    def __init__(self, picture: int, prompt: int, width: int, num_tokens: int = 4, dim: int = 16, hidden: int = 128, seed: int = 0) -> None:
         super().__init__()
         self.sizes = [picture, picture, prompt]
         with torch.random.fork_rng(devices=[]):

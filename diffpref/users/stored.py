@@ -38,5 +38,7 @@ def load_embeds(folder: Path, facts: Mapping[str, Any] | None = None) -> dict[st
     wanted = json.loads(json.dumps(dict(facts))) if facts is not None else stored
     differ = [f"{name}: {stored.get(name)} -> {wanted.get(name)}" for name in {**stored, **wanted} if stored.get(name) != wanted.get(name)]
     if differ:
-        raise ValueError(f"user_cache {str(folder)!r} holds embeddings of other users or settings ({'; '.join(differ)}); give another folder")
+        raise ValueError(
+            f"user_cache {str(folder)!r} holds embeddings of other users or settings ({'; '.join(differ)}); give another folder"
+        )
     return load_file(folder / EMBEDS_FILE)

@@ -31,7 +31,11 @@ def filled(unet: nn.Module) -> None:
 def inputs(batch: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     """x_t, timesteps and text of the SD UNet of the tests."""
     draw = torch.Generator().manual_seed(0)
-    return torch.randn(batch, 4, 8, 8, generator=draw), torch.tensor([3, 500] * (batch // 2)), torch.randn(batch, 7, TEXT_WIDTH, generator=draw)
+    return (
+        torch.randn(batch, 4, 8, 8, generator=draw),
+        torch.tensor([3, 500] * (batch // 2)),
+        torch.randn(batch, 7, TEXT_WIDTH, generator=draw),
+    )
 
 
 def tokens(batch: int = 2, number: int = 3, seed: int = 1) -> Tensor:
@@ -115,7 +119,9 @@ def test_mixing_users(sd_unet: UNet2DConditionModel) -> None:
     of_embeds = drawn(UserStates((share[:, None, None] * both).sum(0)[None, None]))
     torch.testing.assert_close(drawn(UserStates(both[None], share)), of_embeds)  # one token each: the same
     several = torch.stack([tokens(1)[0], tokens(1, seed=5)[0]])
-    assert not torch.allclose(drawn(UserStates(several[None], share)), drawn(UserStates((share[:, None, None] * several).sum(0)[None, None])))
+    assert not torch.allclose(
+        drawn(UserStates(several[None], share)), drawn(UserStates((share[:, None, None] * several).sum(0)[None, None]))
+    )
     assert torch.equal(drawn(UserStates(several[None], torch.tensor([1.0, 0.0]))), drawn(UserStates(several[None, :1])))
     halves = torch.cat([0 * several[None, :1], several[None, :1]])
     assert torch.equal(drawn(UserStates(halves))[0], sd_unet(*x).sample[0])  # the unconditional half knows nobody
