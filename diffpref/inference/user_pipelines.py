@@ -21,9 +21,8 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import Tensor, nn
 
-from diffpref.data.images import decode_image
 from diffpref.data.pairs import load_pairs
-from diffpref.inference.users import attach_user_weights, new_encoder
+from diffpref.inference.users import as_example, attach_user_weights, new_encoder
 from diffpref.models.user_attention import UserStates, project
 from diffpref.users.examples import Example, UserEncoder
 
@@ -239,9 +238,5 @@ def as_user_pipeline(pipeline: Any, folder: str | Path) -> UserStableDiffusionPi
 def read_examples(source: str | Path) -> list[Example]:
     """The decided pairs of a folder or file as examples. Raises ValueError for data that cannot be read."""
     pairs = load_pairs(str(source))
-    found = []
-    for row in (pairs.row(i) for i in range(len(pairs))):
-        if row.p0 != 0.5:
-            pictures = [decode_image(data) for data in (row.image_0, row.image_1)]
-            found.append(Example(row.prompt, *(pictures if row.p0 > 0.5 else pictures[::-1]), row.pair_id))
-    return found
+    rows = (pairs.row(i) for i in range(len(pairs)))
+    return [as_example(row) for row in rows if row.p0 != 0.5]

@@ -11,7 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from torch import Tensor, nn
 from diffpref.core.policy import adapters_off
 from diffpref.core.process import DdpmProcess
 from diffpref.core.random import normal
+from diffpref.data.images import decode_image
+from diffpref.data.schema import PairRow
 from diffpref.models.backbone import FAMILIES, vae_factor
 from diffpref.models.family import family_of_config
 from diffpref.models.user_attention import add_user_attention, user_layers
@@ -31,7 +34,7 @@ from diffpref.scorers.clip_towers import VIT_H, VIT_H_REPO, image_features, load
 from diffpref.scorers.preprocessing import ShortestSideCrop, normalise
 from diffpref.scorers.vlm_judge import load_vlm_judge
 from diffpref.scorers.weights import WeightSource, sha256
-from diffpref.users.examples import UserEncoder
+from diffpref.users.examples import Example, UserEncoder
 from diffpref.users.features import FeatureEncoder
 from diffpref.users.projectors import new_projector
 from diffpref.users.stored import EMBEDS_FILE
@@ -81,7 +84,7 @@ def _unet_encoder(pipeline: DiffusionPipeline, device: torch.device | str) -> Fe
     family, vae, unet = FAMILIES[_family(pipeline)], pipeline.vae, pipeline.unet
     side = int(unet.config.sample_size) * vae_factor(pipeline)
     crop, process = ShortestSideCrop(side), DdpmProcess.from_betas(pipeline.scheduler.betas, pipeline.scheduler.config.prediction_type)
-    predict, seen = family.predictor(unet), {}
+    predict = family.predictor(unet)
 
     def pictures(images: Sequence[Image.Image]) -> Tensor:
         pixels = torch.stack([crop.image(image) for image in images]).to(device).float() / 127.5 - 1
@@ -91,18 +94,10 @@ def _unet_encoder(pipeline: DiffusionPipeline, device: torch.device | str) -> Fe
         cond = family.null_prompt(pipeline).map(lambda x: x.to(device).expand(len(latents), *x.shape[1:]))
         times = torch.tensor([side, side, 0, 0, side, side], device=device).float().expand(len(latents), 1, -1)
         cond = dataclasses.replace(cond, time_ids=times if unet.config.addition_embed_type else None)
-        hooks = [
-            block.register_forward_hook(lambda _, given, out, name=name: seen.__setitem__(name, out))
-            for name, block in (("middle", unet.mid_block), ("up", unet.up_blocks[0]))
-        ]
-        try:
-            with adapters_off(unet):
-                predict(process.add_noise(latents, noise.expand_as(latents), t).to(unet.dtype), t, cond)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        maps = [seen[name].float() for name in ("middle", "up")]
-        return torch.cat([part for x in maps for part in (x.mean((2, 3)), x.amax((2, 3)), x.std((2, 3)))], 1)
+        with adapters_off(unet), _inner_maps(unet) as maps:
+            predict(process.add_noise(latents, noise.expand_as(latents), t).to(unet.dtype), t, cond)
+        pooled = [part for x in maps for part in (x.mean((2, 3)), x.amax((2, 3)), x.std((2, 3)))]
+        return torch.cat(pooled, 1)
 
     def prompts(texts: Sequence[str]) -> Tensor:
         states = family.encode_prompts(pipeline, texts).prompt_embeds
@@ -110,6 +105,26 @@ def _unet_encoder(pipeline: DiffusionPipeline, device: torch.device | str) -> Fe
         return states[:, 0].float().mean(1)
 
     return FeatureEncoder(pictures, prompts, {"encoder": "unet", "side": side, "noise_level": NOISE_LEVEL})
+
+
+@contextmanager
+def _inner_maps(unet: Any) -> Iterator[list[Tensor]]:
+    """Within the block, a list of what the middle block and the first block on the way up give, (N, C, h, w) in float32."""
+    seen: list[Tensor] = []
+    blocks = (unet.mid_block, unet.up_blocks[0])
+    hooks = [block.register_forward_hook(lambda _, given, out: seen.append(out.float())) for block in blocks]
+    try:
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def as_example(row: PairRow) -> Example:
+    """A decided pair as an example. Raises ValueError for pictures that cannot be decoded."""
+    pictures = [decode_image(data) for data in (row.image_0, row.image_1)]
+    preferred, rejected = pictures if row.p0 > 0.5 else pictures[::-1]
+    return Example(row.prompt, preferred, rejected, row.pair_id)
 
 
 def _family(pipeline: DiffusionPipeline) -> str:

@@ -24,6 +24,7 @@ from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler, sample_parallel
 from diffpref.testbed.scorer import ScorerConfig, build_scorer
 from diffpref.testbed.train_base import train_base
 from diffpref.testbed.train_vae import psnr, refine_decoder, render_set, train_vae
+from diffpref.testbed.users_results import UsersConfig, run_users
 from diffpref.testbed.world import IMAGE_SIZE, SHAPES, SIZES, render, sample_scenes
 
 
@@ -177,6 +178,7 @@ PARTS: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
     "ruler": (RulerConfig, build_ruler),
     "scorer": (ScorerConfig, build_scorer),
     "describe": (DescribeConfig, describe),
+    "users": (UsersConfig, run_users),
     "compare": (CompareConfig, compare_models),
     "results": (ResultsConfig, run_results),
     "leaderboard": (LeaderboardConfig, run_leaderboard),

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from diffpref.core.random import permutation
-from diffpref.data.images import decode_image
 from diffpref.data.pairs import load_pairs
 from diffpref.evaluation.generate import Images, contact_sheet, generate
 from diffpref.evaluation.stats import count_wins, paired_bootstrap, wilson_interval
 from diffpref.inference.user_pipelines import as_user_pipeline
+from diffpref.inference.users import as_example
 from diffpref.locations import asset
 from diffpref.models.backbone import load_pipeline
 from diffpref.models.lora import LORA_FILE
@@ -41,7 +41,6 @@ from diffpref.training.align import align
 from diffpref.training.config import TrainConfig
 from diffpref.training.objective import build_objective, objective_names
 from diffpref.training.settings import Settings, build, names_of
-from diffpref.users.examples import Example
 from diffpref.users.projectors import ExampleEncoder
 
 CONTEXTS = 8
@@ -56,18 +55,18 @@ class UsersConfig:
 
     out: str = "outputs/testbed/users"
     """Folder of pairs, runs, pictures and users.json."""
-    seen: tuple[str, ...] = ("left+high", "alone+muted", "right+accompanied", "low+vivid")
+    seen: tuple[str, ...] = ("left+high", "alone+muted")
     """Measured users of the training."""
-    unseen: tuple[str, ...] = ("left+vivid", "low+accompanied", "right+alone", "high+muted")
+    unseen: tuple[str, ...] = ("left+vivid", "low+accompanied")
     """Measured users that training knows nothing of."""
     pair_prompts: int = 600
     """Prompts of the pairs."""
     candidates: int = 8
     """Base samples per prompt, of which each user's best and worst make the pair."""
     ppd_steps: int | None = None
-    """Steps of PPD; the recipe's when not given. The model for all users takes as many."""
-    separate_steps: int = 120
-    """Steps of each model of one user."""
+    """Steps of PPD; the recipe's when not given."""
+    other_steps: int = 120
+    """Steps of each model of one user, and of the one model for all of them."""
     num_prompts: int = 250
     """Prompts of the measurement."""
     purpose: str = "test"
@@ -125,7 +124,7 @@ def settings_of(config: UsersConfig, name: str) -> Settings:
     """The recipe of a training with what this command changes; without places on this machine."""
     recipe = read_recipe("ppd" if name == "ppd" else "diffusion_dpo")
     ours = read_recipe("ppd")
-    steps = config.separate_steps if name.startswith("separate") else config.ppd_steps or ours["max_train_steps"]
+    steps = config.ppd_steps or ours["max_train_steps"] if name == "ppd" else config.other_steps
     same = ("train_batch_size", "learning_rate", "beta", "rank", "lora_targets", "lr_scheduler", "lr_warmup_steps")
     recipe |= {key: ours[key] for key in same} | {"max_train_steps": steps, "seed": config.seed, "held_out_pairs": 0}
     recipe |= {"check_images": False, "validation_steps": None, "merge_lora": False, "split": "train", "checkpointing_steps": 10_000}
@@ -201,7 +200,7 @@ class Personal:
         pairs = load_pairs(str(Path(self.config.out) / "pairs" / user), check_images=False)
         size = self.pipeline._user_config["encoder"]["num_examples"]
         drawn = [permutation(len(pairs), self.config.seed, "measured_context", user, m)[:size].tolist() for m in range(number)]
-        return torch.stack([self.pipeline.encode_user([example_of(pairs, i) for i in rows]) for rows in drawn])
+        return torch.stack([self.pipeline.encode_user([as_example(pairs.row(i)) for i in rows]) for rows in drawn])
 
     def draw(self, user: str, texts: Sequence[str], seeds: Sequence[int]) -> Images:
         """uint8 (P, 64, 64, 3), the user's contexts in turn over the prompts."""
@@ -215,13 +214,6 @@ class Personal:
     def sample(self, texts: Sequence[str], seeds: Sequence[int]) -> Images:
         """Pictures for the user that is set."""
         return generate(self.pipeline, texts, seeds, num_inference_steps=STEPS, guidance_scale=GUIDANCE, batch_size=BATCH)
-
-
-def example_of(pairs: Any, index: int) -> Example:
-    """A pair of a data set as an example."""
-    row = pairs.row(index)
-    pictures = [decode_image(data) for data in (row.image_0, row.image_1)]
-    return Example(row.prompt, *(pictures if row.p0 > 0.5 else pictures[::-1]), row.pair_id)
 
 
 def measure_group(config: UsersConfig, users: Sequence[str]) -> dict[str, Any]:

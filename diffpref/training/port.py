@@ -18,9 +18,8 @@ from torch import Tensor, nn
 
 from diffpref.core.random import permutation, uniform
 from diffpref.core.types import PreferenceBatch
-from diffpref.data.images import decode_image
 from diffpref.data.pairs import PairDataset
-from diffpref.inference.users import new_encoder, save_user_weights
+from diffpref.inference.users import as_example, new_encoder, save_user_weights
 from diffpref.models.backbone import FAMILIES, Backbone
 from diffpref.models.user_attention import UserUNet, add_user_attention
 from diffpref.training.conditioning import AxesConditioning, Conditioning, UserConditioning
@@ -172,10 +171,7 @@ class UserPort:
         """A training pair as an example, its pictures decoded now."""
         if not hasattr(self, "_rows"):
             self._rows = {pair_id: i for i, pair_id in enumerate(self.pairs.pair_ids)}
-        row = self.pairs.row(self._rows[pair.pair_id])
-        pictures = [decode_image(data) for data in (row.image_0, row.image_1)]
-        preferred, rejected = pictures if row.p0 > 0.5 else pictures[::-1]
-        return Example(pair.prompt, preferred, rejected, pair.pair_id)
+        return as_example(self.pairs.row(self._rows[pair.pair_id]))
 
     def _fit(self, encoder: ExampleEncoder) -> None:
         """Fit the light encoder to the pairs that are in contexts, whose features are known."""

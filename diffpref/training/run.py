@@ -194,10 +194,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     preflight = Preflight(config, accelerator)
     preflight.check_start(Path(str(config.output_dir)))
     folder, resume, repository = claim_places(config, objective, accelerator)
-    pairs, held_out = load_run_pairs(config, accelerator.is_main_process, objective.groups)
-    objective = fitted(objective, pairs)
-    port = new_port(objective.conditioning, config, pairs, held_out, accelerator.is_main_process) if objective.conditioning else None
-    pairs = port.pairs if port else pairs
+    objective, pairs, held_out, port = load_data(config, objective, accelerator)
     scorer = load_scorer(config.validation_scorer, accelerator.device) if accelerator.is_main_process else None
     with preflight.loading():
         backbone, module, frozen_copy = load_models(config, objective, accelerator.device, port)
@@ -234,12 +231,26 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
         first_step=first_step,
         repository=repository,
     )
-    source = partial(new_source, pixels=pixels, sampler=sampler, encoder=encoder, accelerator=accelerator, port=port)
-    begin(run, preflight, source, pairs, notes)
+    begin(run, preflight, partial(new_source, pixels=pixels, sampler=sampler, encoder=encoder, accelerator=accelerator), pairs, notes)
     if validation and held_out is not None and objective.needs_reference:
         reference = new_reference(backbone, module, frozen_copy, alone, state)
         validation.accuracy = held_out_accuracy(config, held_out, objective.groups, backbone, alone, reference, encoder, port)
     return run
+
+
+def load_data(
+    config: TrainConfig, objective: Objective, accelerator: Accelerator
+) -> tuple[Objective, PairDataset, PairDataset | None, Port | None]:
+    """The objective fitted to its data, training and held-out pairs, and what the policy is conditioned on besides prompts.
+
+    Raises ValueError for data that cannot be used.
+    """
+    pairs, held_out = load_run_pairs(config, accelerator.is_main_process, objective.groups)
+    objective = fitted(objective, pairs)
+    if objective.conditioning is None:
+        return objective, pairs, held_out, None
+    port = new_port(objective.conditioning, config, pairs, held_out, accelerator.is_main_process)
+    return objective, port.pairs, held_out, port
 
 
 def begin(
@@ -254,6 +265,7 @@ def begin(
         plain = dataclasses.replace(config, cache_latents=False, dataloader_num_workers=0)
         probe(run, source(config=plain, first_step=run.first_step), preflight)
     check_ranks_agree(accelerator, {"data": run.data, **to_flat(dataclasses.replace(config, output_dir=None), *run.objective.parts)})
+    source = partial(source, port=run.port)
     run.source_from = lambda config, first_step: source(config=config, first_step=first_step)
     run.open_source(run.first_step)
     open_folder(run.folder, config, run.objective, pairs, accelerator, run.backbone, notes, preflight.found)

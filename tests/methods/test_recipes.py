@@ -107,7 +107,7 @@ def networks() -> tuple[Counted, Counted, Tensor]:
 def test_names() -> None:
     assert METHODS.keys() <= RECIPES.keys()
     assert all(RECIPES[name].method == name for name in METHODS)
-    assert len(RECIPES) == 21
+    assert len(RECIPES) == 23
     assert {recipe.path for recipe in RECIPES.values()} == set(PATHS)
 
 
