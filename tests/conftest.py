@@ -201,3 +201,40 @@ def pairs_file(tmp_path_factory: pytest.TempPathFactory, pair_columns: dict[str,
 def table_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where parquet files are converted to."""
     return tmp_path_factory.mktemp("table-cache")
+
+
+_CASES = pytest.StashKey[dict[str, list[tuple[int, bool]]]]()
+"""Case of the fault matrix (docs/reliability.md) -> (steps lost, passed) per try."""
+
+
+@pytest.fixture
+def tried(request: pytest.FixtureRequest) -> Callable[[str, int], None]:
+    """tried(case, steps lost): one more line of the table, where one test is several tries or measures what is lost."""
+    return lambda case, lost: request.node.user_properties.append(("tried", (case, lost)))
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    """Note the cases of a test, which stand in its `reliability` mark."""
+    outcome = yield
+    report = outcome.get_result()  # type: ignore[attr-defined]
+    if report.when != "call" or report.skipped:
+        return
+    seen = item.config.stash.setdefault(_CASES, {})
+    told = [value for name, value in item.user_properties if name == "tried"]
+    marked = [case for mark in item.iter_markers() if mark.name in ("reliability", "reliability_full") for case in mark.args]
+    for case, lost in [*told, *((case, 0) for case in dict.fromkeys(marked) if case not in dict(told))]:
+        seen.setdefault(case, []).append((lost, report.passed))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """The table of the fault matrix, when that is what was asked for."""
+    seen = config.stash.get(_CASES, {})
+    if not seen or "reliability" not in str(config.option.markexpr).replace("not reliability", ""):
+        return
+    terminalreporter.section("fault matrix")
+    terminalreporter.write_line(f"{'case':<8}{'tried':>7}{'steps lost':>12}  pass")
+    for case in sorted(seen, key=lambda case: (case.rstrip("0123456789"), int("".join(filter(str.isdigit, case)) or 0))):
+        tries = seen[case]
+        verdict = "yes" if all(passed for _, passed in tries) else "NO"
+        terminalreporter.write_line(f"{case:<8}{len(tries):>7}{max(lost for lost, _ in tries):>12}  {verdict}")

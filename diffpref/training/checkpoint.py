@@ -108,7 +108,8 @@ def write_folder(final: Path, step: int, tensors: Mapping[str, Mapping[str, Tens
         (hidden / _MANIFEST).write_text(json.dumps(files, indent=1))
         for path in (*hidden.iterdir(), hidden):
             _flush(path)
-        shutil.rmtree(final, ignore_errors=True)  # only a damaged one can be there
+        if final.exists():  # only a damaged one can be there
+            shutil.rmtree(final)
         hidden.rename(final)
         _flush(run_folder)
     except BaseException:

@@ -199,6 +199,8 @@ class TrainConfig:
     """Optimizer steps between checkpoints."""
     checkpoints_total_limit: int | None = None
     """Keep this many checkpoints; the oldest goes after the newest is complete."""
+    rank_timeout: int = 1800
+    """Seconds that a process waits for the others before the run ends with an error."""
     save_in_background: bool = False
     """Write checkpoints while training goes on, from a copy of the tensors in RAM."""
     non_finite: Literal["skip", "stop", "roll_back"] = "skip"
@@ -292,6 +294,7 @@ _AT_LEAST = {
     "bucket_step": 1,
     "early_stopping_patience": 1,
     "train_batch_size": 1,
+    "rank_timeout": 1,
     "gradient_accumulation_steps": 1,
     "checkpointing_steps": 1,
     "checkpoints_total_limit": 1,

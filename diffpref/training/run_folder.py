@@ -42,6 +42,7 @@ _MAY_CHANGE = {
     "checkpointing_steps",
     "checkpoints_total_limit",
     "save_in_background",
+    "rank_timeout",
     "non_finite",
     "validation_steps",
     "validation_prompts",

@@ -1,0 +1,127 @@
+"""Faults that come from outside: a training process is started with a list of them, and its code knows nothing of it.
+
+Most hang on Python's audit events, which the interpreter raises for files and folders: `Fault("SIGKILL", "os.rename", "tmp-")`
+kills the process at the moment in which it renames the first path that the pattern is found in. Two events are ours: "fsync",
+and "backward", the backward pass of any loss.
+
+    python tests/reliability/faults.py 'SIGKILL os.rename tmp- 2' train.py --setting value ...
+
+runs another training script with the fault of its first word.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import resource
+import runpy
+import signal
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens at the `count`-th event in whose paths the pattern `match` is found; at every one from there on if `lasting`."""
+
+    what: str
+    """A signal, an errno such as ENOSPC that the operation fails with, or one of nan, oom, exit, hang."""
+    event: str
+    match: str = ""
+    count: int = 1
+    lasting: bool = False
+    rank: int | None = None
+    """Only in the process of this rank."""
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """From words separated by spaces: what, event, match, count."""
+        words = text.split()
+        return cls(words[0], words[1], words[2] if len(words) > 2 else "", int(words[3]) if len(words) > 3 else 1)
+
+
+def install(faults: Sequence[Fault]) -> None:
+    """Let the faults happen in this process. They cannot be taken back."""
+    rank = int(os.environ.get("RANK", "0"))
+    mine = [fault for fault in faults if fault.rank in (None, rank)]
+    seen = dict.fromkeys(range(len(mine)), 0)
+
+    def due(event: str, paths: str) -> list[Fault]:
+        found = []
+        for place, fault in enumerate(mine):
+            if fault.event == event and re.search(fault.match, paths):
+                seen[place] += 1
+                if seen[place] == fault.count or (fault.lasting and seen[place] > fault.count):
+                    found.append(fault)
+        return found
+
+    def hook(event: str, args: tuple[object, ...]) -> None:
+        if event in watched:
+            for fault in due(event, " ".join(os.fsdecode(a) for a in args if isinstance(a, str | bytes | os.PathLike))):
+                act(fault)
+
+    watched = {fault.event for fault in mine} - {"fsync", "backward"}
+    if watched:
+        sys.addaudithook(hook)
+    if any(fault.event == "fsync" for fault in mine):
+        os.fsync = _before(os.fsync, due, "fsync")
+    if any(fault.event == "backward" for fault in mine):
+        import torch
+
+        torch.Tensor.backward = _before(torch.Tensor.backward, due, "backward")  # type: ignore[method-assign]
+
+
+def _before(call: Callable[..., Any], due: Callable[[str, str], list[Fault]], event: str) -> Callable[..., Any]:
+    def wrapped(*args: Any, **options: Any) -> Any:
+        for fault in due(event, ""):
+            if fault.what == "nan":
+                args = (args[0] * float("nan"), *args[1:])
+            else:
+                act(fault)
+        return call(*args, **options)
+
+    return wrapped
+
+
+def act(fault: Fault) -> None:
+    """Let a fault happen now."""
+    if fault.what.startswith("SIG"):
+        os.kill(os.getpid(), getattr(signal, fault.what))
+    elif fault.what == "exit":
+        os._exit(0)
+    elif fault.what == "hang":
+        time.sleep(3600)
+    elif fault.what == "oom":
+        import torch
+
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    else:
+        code = getattr(errno, fault.what)
+        raise OSError(code, os.strerror(code))
+
+
+def run_ours(words: Sequence[str], faults: Sequence[Fault], log: str, environment: Mapping[str, str], file_limit: int | None) -> None:
+    """Target of a child process: `diffpref` with these words, stderr and stdout in files that begin with `log`."""
+    for number, name in ((1, "out"), (2, "err")):
+        handle = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+        os.dup2(handle, number)
+        os.close(handle)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    os.environ.update(environment)
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    install(faults)
+    from diffpref.cli import main
+
+    sys.exit(main(list(words)))
+
+
+if __name__ == "__main__":
+    install([Fault.parse(sys.argv[1])] if sys.argv[1] else [])
+    sys.argv = sys.argv[2:]
+    sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
+    runpy.run_path(sys.argv[0], run_name="__main__")

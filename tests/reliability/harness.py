@@ -1,0 +1,324 @@
+"""Starts training processes, breaks them with faults from outside, and tells what was lost.
+
+One `Trainer` says how a training script is started and where its results lie. Ours is forked from a process that has imported
+everything; any other script is started as it is:
+
+    python tests/reliability/harness.py --steps 12 --every 3 --result '{folder}/result.json' \\
+        -- train.py --output_dir '{folder}' --max_steps '{steps}' --save_every '{every}' '{resume:--resume latest}'
+
+prints the table of the crash cases for that script. Its checkpoints have to be folders `<name>-<step>` in {folder}.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+FAULTS = Path(__file__).with_name("faults.py")
+sys.path.insert(0, str(FAULTS.parents[2]))
+
+from safetensors.torch import load_file  # noqa: E402
+
+from tests.reliability import faults  # noqa: E402
+from tests.reliability.faults import Fault  # noqa: E402
+
+SECONDS = 300  # for one process, on a machine that does other things too
+
+
+class Process(Protocol):
+    """A started process."""
+
+    pid: int
+
+    def wait(self) -> int:
+        """Exit code, negative for a signal."""
+
+
+@dataclass
+class Outcome:
+    """How a process ended."""
+
+    code: int
+    errors: str
+    seconds: float
+
+    @property
+    def last_line(self) -> str:
+        """The last line on stderr that is no progress bar."""
+        lines = [line for line in re.split(r"[\r\n]+", self.errors) if line.strip() and "%|" not in line]
+        return lines[-1] if lines else ""
+
+
+class Forked:
+    """A process forked from the warm server."""
+
+    def __init__(self, process: Any) -> None:
+        self.process = process
+        self.pid: int = process.pid
+
+    def wait(self) -> int:
+        """Exit code, negative for a signal. A process that takes too long is killed."""
+        self.process.join(SECONDS)
+        if self.process.exitcode is None:
+            self.process.kill()
+            self.process.join()
+        return int(self.process.exitcode)
+
+
+class Spawned:
+    """A process of its own."""
+
+    def __init__(self, words: Sequence[str], log: Path, environment: dict[str, str]) -> None:
+        with open(f"{log}.out", "wb") as out, open(f"{log}.err", "wb") as err:
+            self.process = subprocess.Popen(words, stdout=out, stderr=err, env=os.environ | environment)
+        self.pid = self.process.pid
+
+    def wait(self) -> int:
+        """Exit code, negative for a signal. A process that takes too long is killed."""
+        try:
+            return self.process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            return self.process.wait()
+
+
+@dataclass
+class Trainer:
+    """A way to train: start(folder, steps, resume, faults, log) -> process; and what a finished run leaves."""
+
+    begin: Callable[[Path, bool, Sequence[Fault], Path], Process]
+    result: Callable[[Path], str]
+    """A digest of what the run was for."""
+    every: int
+    """Steps between checkpoints."""
+    log: Path
+    runs: int = field(default=0)
+
+    def start(self, folder: Path, resume: bool, *faults: Fault) -> tuple[Process, Callable[[], Outcome]]:
+        """A process, and what to call for its end."""
+        self.runs += 1
+        log, begun = self.log / f"run-{self.runs}", time.monotonic()
+        process = self.begin(folder, resume, faults, log)
+
+        def end() -> Outcome:
+            code = process.wait()
+            return Outcome(code, Path(f"{log}.err").read_text(errors="replace"), time.monotonic() - begun)
+
+        return process, end
+
+    def run(self, folder: Path, *faults: Fault, resume: bool = False) -> Outcome:
+        """Until the process ends."""
+        return self.start(folder, resume, *faults)[1]()
+
+
+def diffpref(
+    settings: dict[str, Any], every: int, log: Path, file_limit: int | None = None, environment: dict[str, str] | None = None
+) -> Trainer:
+    """`diffpref train` with these settings."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.reliability.warm"])
+
+    def begin(folder: Path, resume: bool, given: Sequence[Fault], log: Path) -> Process:
+        words = ["train"]
+        more = {"output_dir": folder, "checkpointing_steps": every} | ({"resume_from_checkpoint": "latest"} if resume else {})
+        for name, value in (settings | more).items():
+            words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
+        env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
+        process = context.Process(target=faults.run_ours, args=(words, list(given), str(log), env, file_limit))
+        process.start()
+        return Forked(process)
+
+    return Trainer(begin, final_state, every, log)
+
+
+def final_state(folder: Path) -> str:
+    """Digest of the newest checkpoint's tensors, the exported adapter, and metrics.jsonl without times."""
+    newest = max(folder.glob("checkpoint-*"), key=step_of)
+    digest = hashlib.sha256(newest.name.encode())
+    for path in [*sorted(newest.glob("*.safetensors")), *sorted(folder.glob("*.safetensors"))]:
+        for name, x in sorted(load_file(path).items()):  # what the header says beside the tensors stands in random order
+            digest.update(f"{path.name} {name} {x.dtype} {tuple(x.shape)}".encode() + x.numpy().tobytes())
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        values = {name: value for name, value in json.loads(line).items() if not name.startswith("time/")}
+        digest.update(json.dumps(values).encode())
+    return digest.hexdigest()
+
+
+def any_script(words: Sequence[str], steps: int, every: int, result: str, log: Path) -> Trainer:
+    """A training script; `words` may hold {folder}, {steps}, {every} and {resume:words to resume}."""
+
+    def filled(word: str, folder: Path, resume: bool) -> list[str]:
+        match = re.fullmatch(r"\{resume:(.*)\}", word)
+        if match:
+            return match[1].split() if resume else []
+        return [word.format(folder=folder, steps=steps, every=every)]
+
+    def begin(folder: Path, resume: bool, given: Sequence[Fault], log: Path) -> Process:
+        assert len(given) <= 1
+        fault = " ".join(map(str, (given[0].what, given[0].event, given[0].match, given[0].count))) if given else ""
+        command = [part for word in words for part in filled(word, folder, resume)]
+        return Spawned([sys.executable, str(FAULTS), fault, *command], log, {"OMP_NUM_THREADS": "1"})
+
+    def digest(folder: Path) -> str:
+        path = Path(result.format(folder=folder))
+        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "nothing"
+
+    return Trainer(begin, digest, every, log)
+
+
+def step_of(folder: Path) -> int:
+    """The number behind the last dash of a checkpoint's name; -1 for anything else."""
+    tail = folder.name.rpartition("-")[2]
+    return int(tail) if tail.isdigit() else -1
+
+
+def newest_step(folder: Path) -> int:
+    """Step of the newest checkpoint folder, complete or not; 0 without one."""
+    return max((step_of(p) for p in folder.glob("[!.]*-*") if p.is_dir() and not p.name.startswith(("bad", "later"))), default=0)
+
+
+def leftovers(folder: Path) -> list[str]:
+    """What an interrupted save must not leave behind once the run is done."""
+    return sorted(p.name for p in folder.glob(".tmp*"))
+
+
+@dataclass
+class Row:
+    """A line of the table."""
+
+    case: str
+    tried: int = 0
+    lost: int = 0
+    """Steps lost at once, at most."""
+    passed: bool = True
+    note: str = ""
+
+    def add(self, lost: int, passed: bool, note: str = "") -> None:
+        """One more try."""
+        self.tried, self.lost, self.passed = self.tried + 1, max(self.lost, lost), self.passed and passed
+        self.note = self.note or ("" if passed else note)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Case, times tried, steps lost, pass."""
+    lines = [f"{'case':<10}{'tried':>7}{'steps lost':>12}  pass"]
+    lines += [f"{r.case:<10}{r.tried:>7}{r.lost:>12}  {'yes' if r.passed else 'NO'}{'  ' + r.note if r.note else ''}" for r in rows]
+    return "\n".join(lines)
+
+
+SAVE = {  # phases of our save, and the event just before which the process is killed
+    "tensors written": Fault("SIGKILL", "open", r"tmp-checkpoint.*/trainer_state"),
+    "before the manifest": Fault("SIGKILL", "open", r"tmp-checkpoint.*/manifest"),
+    "before the rename": Fault("SIGKILL", "os.rename", r"tmp-checkpoint"),
+    "renamed": Fault("SIGKILL", "open", r"/run$", 2),  # the first time is the check that the folder can be written
+    "while pruning": Fault("SIGKILL", "shutil.rmtree", r"/checkpoint-"),
+}
+
+
+def random_kills(trainer: Trainer, folder: Path, number: int, seed: int, longest: float) -> Row:
+    """Kill at random moments until it was done `number` times; a run that ends in between is started anew.
+
+    Steps lost are those of metrics.jsonl beyond the newest checkpoint, or unknown for a script that writes no such file.
+    """
+    row, draws = Row("R4"), random.Random(seed)
+    while row.tried < number:
+        process, end = trainer.start(folder, folder.exists())
+        time.sleep(draws.uniform(0, longest))
+        before = newest_step(folder)
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGKILL)
+        code = end().code
+        if code == 0:
+            shutil.rmtree(folder)
+        elif code == -signal.SIGKILL:
+            metrics = folder / "metrics.jsonl"
+            done = metrics.read_text().count("\n") if metrics.exists() else 0
+            lost = max(0, done - newest_step(folder)) if newest_step(folder) else min(done, trainer.every)
+            row.add(lost, newest_step(folder) >= before and lost <= trainer.every, "more than an interval was lost")
+        else:
+            row.add(0, False, f"start after a kill ended with {code}")
+            break
+    return row
+
+
+def crash_cases(trainer: Trainer, home: Path, kills: int, longest: float) -> list[Row]:
+    """The crash cases that need nothing but a command: R1, R3 in its general form, R4, R6, R7."""
+    whole, rows = home / "whole", []
+    first = trainer.run(whole)
+    again = Row("R1")
+    trainer.run(home / "again")
+    again.add(0, first.code == 0 and trainer.result(whole) == trainer.result(home / "again") != "nothing", "two runs differ")
+    rows.append(again)
+    want = trainer.result(whole)
+
+    def resumed(row: Row, folder: Path, lost: int) -> None:
+        outcome = trainer.run(folder, resume=True)
+        same = outcome.code == 0 and trainer.result(folder) == want
+        row.add(lost, same, f"resume: exit {outcome.code}, {'another result' if outcome.code == 0 else outcome.last_line[:80]}")
+
+    row = Row("R3")
+    for event, count in (("os.mkdir", 2), ("open", 3), ("os.rename", 2)):
+        folder = home / f"kill-{event}"
+        trainer.run(folder, Fault("SIGKILL", event, f"{re.escape(str(folder))}/", count))
+        resumed(row, folder, trainer.every)
+    rows.append(row)
+    row = Row("R6")
+    for what, codes in (("SIGTERM", (143,)), ("SIGINT", (130,))):
+        folder = home / what
+        outcome = trainer.run(folder, Fault(what, "backward", count=trainer.every + 2))
+        lost = trainer.every + 2 - newest_step(folder)
+        resumed(row, folder, lost)
+        row.add(lost, outcome.code in codes and lost == 0, f"{what}: exit {outcome.code}, {lost} steps lost")
+    rows.append(row)
+    row = Row("R7")
+    folder = home / "damaged"
+    trainer.run(folder, Fault("SIGKILL", "backward", count=2 * trainer.every + 2))
+    newest = max(folder.glob("[!.]*-*"), key=step_of, default=None)
+    if newest is not None:
+        largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+        data = bytearray(largest.read_bytes())
+        data[-1] ^= 1
+        largest.write_bytes(bytes(data))
+    resumed(row, folder, trainer.every)
+    rows.append(row)
+    row = random_kills(trainer, home / "random", kills, 0, longest)
+    resumed(row, home / "random", trainer.every)
+    rows.append(row)
+    return rows
+
+
+def main() -> int:
+    """The table for any script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--every", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=5)
+    parser.add_argument("--longest", type=float, default=20.0, help="seconds until a random kill, at most")
+    parser.add_argument("--result", required=True, help="file that the run is for; {folder} is its output folder")
+    parser.add_argument("words", nargs="+", help="script and its flags")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as home:
+        trainer = any_script(given.words, given.steps, given.every, given.result, Path(home))
+        rows = crash_cases(trainer, Path(home), given.kills, given.longest)
+    print(table(rows))
+    return 0 if all(row.passed for row in rows) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
