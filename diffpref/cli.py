@@ -96,7 +96,7 @@ def train(argv: list[str]) -> int:
 def _train_settings(argv: list[str]) -> tuple[dict[str, Any], Any, list[str]] | None:
     """(settings of the run, objective, what to say about their origin) of a training command; None after --help."""
     from diffpref.training.config import TrainConfig
-    from diffpref.training.families import FOREIGN, merged, translate
+    from diffpref.training.families import FOREIGN, merged, translate, what_is_trained
     from diffpref.training.objective import all_names, build_objective, objective_names
     from diffpref.training.settings import convert, names_of, parse_flags, read_yaml
 
@@ -109,8 +109,9 @@ def _train_settings(argv: list[str]) -> tuple[dict[str, Any], Any, list[str]] | 
     path = flags.pop("config", None)
     given = merged(read_yaml(path, known) if path else {}, flags)
     preset, way = given.pop("preset", None), given.pop("path", None)
+    given = what_is_trained(given)
     guards = convert("guards", given.pop("guards", ()), tuple[str, ...])
-    name = "sft" if given.get("sft") and "method" not in given else given.get("method", TrainConfig.method)
+    name = given.get("method", TrainConfig.method)
     owned = objective_names(name, way, guards)
     on_testbed = not any(given.get(source) for source in SOURCES)
     if on_testbed and preset:
@@ -122,7 +123,7 @@ def _train_settings(argv: list[str]) -> tuple[dict[str, Any], Any, list[str]] | 
                 f"num_eval_prompts is {given['num_eval_prompts']}; it belongs to the testbed: leave it out with a model and data"
             )
     ask = (lambda _: "sdxl") if on_testbed else _model_family
-    done = translate(given, "diffpref" if on_testbed else preset, [*names_of(TrainConfig), *owned], ask)
+    done = translate(given, "diffpref" if on_testbed else preset, [*names_of(TrainConfig), *owned], ask, name)
     _check_used(done.settings, names_of(TrainConfig), owned)
     settings, notes = done.settings, done.notes
     if on_testbed:

@@ -246,13 +246,18 @@ def score_columns(names: Sequence[str], taken: set[str]) -> dict[str, tuple[str,
     return found
 
 
+def score_names(scorer: str) -> list[str]:
+    """Under which names the scores of a scorer are looked for; ps_score is SmPO's name for PickScore."""
+    return [scorer, f"{scorer}_score", *(["ps_score"] if scorer == "pickscore" else [])]
+
+
 def score_of(choice_model: str, available: Mapping[str, object], names: Sequence[str]) -> str:
     """The name in `available` of the scores that `choice_model` asks for.
 
     Raises:
         ValueError: there are none; the message says how to add them.
     """
-    accepted = [choice_model, f"{choice_model}_score", *(["ps_score"] if choice_model == "pickscore" else [])]
+    accepted = score_names(choice_model)
     for name in accepted:
         if name in available:
             return name

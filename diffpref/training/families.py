@@ -1,9 +1,10 @@
-"""Whose command is it? Flags and defaults of the two published families of Diffusion-DPO scripts, in our own settings.
+"""Whose command is it? Flags and defaults of the published scripts, in our own settings.
 
 Salesforce's train.py and the two scripts of diffusers share most flag names but not their defaults: a Salesforce command
 relies on fp16, resuming, 20 % empty prompts and a rate of 1e-8 times the batch, a diffusers command on LoRA and a constant
-rate. A command is read as one of theirs when it holds flags that only that family has, or by --preset; everything that came
-from a family is said, and stored in the run's manifest.
+rate. The scripts of later methods grew out of these two and are based on one of them. A command is read as one of theirs when
+it holds flags that only that family has, or by --preset; everything that came from a family is said, and stored in the run's
+manifest.
 """
 
 from __future__ import annotations
@@ -20,6 +21,18 @@ RENAMED: Mapping[str, str] = {
     "tracker_name": "tracker_project_name",
     "lora_rank": "rank",
     "validation_prompt": "validation_prompts",
+    "beta_mapo": "beta",
+    "snr_value": "snr",
+    "num_inference_steps": "num_steps",
+    "positive_ratio": "desirable_share",
+    "lambda_d_kto": "desirable_weight",
+    "lambda_u_kto": "undesirable_weight",
+    "halo": "value_function",
+    "pick_split": "split",
+    "ema_momentum": "ema_decay",
+    "reference_ema_momentum": "reference_decay",
+    "winner_preserving_mu": "mu",
+    "dmpo_alpha": "alpha",
 }
 """Other scripts' names for our settings."""
 
@@ -28,6 +41,8 @@ MEANING: Mapping[str, tuple[str, str]] = {
     "use_adafactor": ("optimizer", "adafactor"),
     "enable_xformers_memory_efficient_attention": ("attention", "xformers"),
     "sft": ("method", "sft"),
+    "use_lora": ("tune", "lora"),
+    "reference_ema": ("reference_update_steps", "1"),
 }
 """Switches of other scripts as (our setting, its value)."""
 
@@ -36,11 +51,26 @@ WITHOUT_EFFECT: Mapping[str, str] = {
     "hard_skip_resume": "resuming reads no batch twice",
     "prior_generation_precision": "no prior images are generated",
     "image_column": "a pair has two image columns, image_0_column and image_1_column",
+    "remove_ties": "ties are dropped unless tie_policy says otherwise (the MaPO script reads any word after it as true)",
+    "cache_dir_model": "models lie in the hub's own cache, whose place is HF_HOME",
+    "policy": "pictures that were preferred at least once are good, as its gt_label_wi_l has it",
+    "dataloader": "the form of the data is recognised",
+    "fixed_noise": "validation pictures keep their noise anyway",
+    "track_score": "validation_scorer scores the validation pictures",
+    "eval_metrics": "validation_scorer scores the validation pictures",
+    "h_pos": "that script does not use it",
+    "h_neg": "that script does not use it",
 }
 """Flags that are accepted and need nothing, with the reason."""
 
-CHECKED = ("sdxl", "run_validation")
-"""Switches that are looked at here and are no settings of ours."""
+CHECKED = ("sdxl", "run_validation", "train_method", "use_winner_preserving", "loss")
+"""Flags that are looked at here and are no settings of ours."""
+
+TRAINED: Mapping[str, Mapping[str, str]] = {
+    "train_method": {"diffusion-dpo": "diffusion_dpo", "dspo": "dspo", "dmpo": "dmpo", "sft": "sft"},
+    "loss": {"kto": "diffusion_kto", "dpo": "diffusion_dpo", "sft": "sft"},
+}
+"""Flags of other scripts that choose the method."""
 
 FOREIGN: tuple[str, ...] = (*RENAMED, *MEANING, *WITHOUT_EFFECT, *CHECKED)
 """Every accepted flag that is no setting of ours."""
@@ -62,6 +92,8 @@ class Family:
     defaults: Mapping[str, object] = field(default_factory=dict)
     sdxl_defaults: Mapping[str, object] = field(default_factory=dict)
     signatures: tuple[frozenset[str], ...] = ()
+    based_on: str | None = None  # the family whose flags and defaults it shares, for its own `methods`
+    methods: tuple[str, ...] = ()
 
 
 def _any_of(*names: str) -> tuple[frozenset[str], ...]:
@@ -115,17 +147,61 @@ FAMILIES: Mapping[str, Family] = {
             *("prior_generation_precision", "enable_xformers_memory_efficient_attention"),
         ),
     ),
+    "mapo": Family(
+        "the MaPO scripts",
+        {"tune": "full", "beta": 0.1, "tracker_project_name": "mapo", "output_dir": "mapo"},
+        {},
+        _any_of("beta_mapo", "snr_value", "remove_ties"),
+        "diffusers",
+        ("mapo",),
+    ),
+    "diffusion_kto": Family(
+        "the Diffusion-KTO script",
+        {
+            "tune": "full",
+            "beta": 2000.0,
+            "desirable_share": 0.5,
+            "split": "train",
+            "proportion_empty_prompts": 0.2,
+            "tracker_project_name": "diffusion-kto",
+        },
+        {},
+        _any_of("positive_ratio", "halo", "lambda_d_kto", "lambda_u_kto", "pick_split", "reference_ema", "reference_ema_momentum"),
+        "diffusers",
+        ("diffusion_kto",),
+    ),
+    "inversion_dpo": Family(
+        "Inversion-DPO's train_ddim.py",
+        {"num_steps": 40, "proportion_empty_prompts": 0.0},
+        {},
+        _any_of("num_inference_steps", "cache_dir_model"),
+        "salesforce",
+        ("inversion_dpo",),
+    ),
+    "diffusion_sdpo": Family(
+        "Diffusion-SDPO's train.py",
+        {},
+        {},
+        _any_of("train_method", "use_winner_preserving", "winner_preserving_mu", "dmpo_alpha"),
+        "salesforce",
+    ),
 }
 """Whose defaults --preset chooses."""
 
 
-def detect(names: Iterable[str]) -> str:
+def detect(names: Iterable[str], method: str | None = None) -> str:
     """The family that a command's flags belong to, "diffpref" unless they give another away.
 
-    Raises ValueError when flags of two families meet.
+    A script that is based on another one has that one's flags, too; `method` tells them apart where no flag does. Raises ValueError
+    when flags of two families meet.
     """
     present = set(names)
     found = {name: next(iter(sorted(s))) for name, family in FAMILIES.items() for s in family.signatures if s <= present}
+    for name in list(found):
+        found.pop(FAMILIES[name].based_on or "", None)
+    own = next((name for name, family in FAMILIES.items() if method in family.methods and family.based_on in found), None)
+    if own is not None:
+        found[own] = found.pop(str(FAMILIES[own].based_on))
     if len(found) > 1:
         flags = ", ".join(f"--{flag} is {FAMILIES[name].title}'s" for name, flag in found.items())
         raise ValueError(f"flags of two families meet ({flags}); add --preset {' or '.join(FAMILIES)} to say whose defaults are meant")
@@ -150,7 +226,34 @@ class Translated:
     notes: list[str]
 
 
-def translate(given: Settings, preset: str | None, fields: Iterable[str], model_family: Callable[[Settings], str]) -> Translated:
+def what_is_trained(given: Settings) -> Settings:
+    """The same flags with the method and guards that other scripts' flags choose. Raises ValueError for a method that is not here."""
+    found = dict(given)
+    for flag, methods in TRAINED.items():
+        if flag not in given:
+            continue
+        if given[flag] not in methods:
+            raise ValueError(f"{flag} is {given[flag]!r}; accepted: {', '.join(methods)}")
+        method = methods[str(given[flag])]
+        if found.get("method", method) != method and flag == "train_method":
+            raise ValueError(f"--train_method {given[flag]} and --method {found['method']} are both given; drop one of them")
+        found["method"] = method
+    if _is_on(given, "use_winner_preserving"):
+        guards = found.get("guards", ())
+        found["guards"] = [*(guards if isinstance(guards, list | tuple) else [guards]), "sdpo"]
+        found.setdefault("scope", "microbatch")
+        if "mu" not in found:
+            found.setdefault("winner_preserving_mu", 0.0)  # that script's default
+    elif "winner_preserving_mu" in found:
+        del found["winner_preserving_mu"]
+    if _is_on(given, "sft"):
+        found.setdefault("method", "sft")
+    return found
+
+
+def translate(
+    given: Settings, preset: str | None, fields: Iterable[str], model_family: Callable[[Settings], str], method: str | None = None
+) -> Translated:
     """A command's settings in our own names, with the defaults of its family below them.
 
     `given` holds the YAML file's and the command line's values under the names they were given; `fields` are the settings that
@@ -160,7 +263,7 @@ def translate(given: Settings, preset: str | None, fields: Iterable[str], model_
     """
     if preset is not None and preset not in FAMILIES:
         raise ValueError(f"preset is {preset!r}; accepted: {', '.join(FAMILIES)}")
-    name = preset or detect(given)
+    name = preset or detect(given, method)
     family, settings, notes = FAMILIES[name], _renamed(given), []
     notes += [f"--{flag} needs nothing here: {why}" for flag, why in WITHOUT_EFFECT.items() if flag in given]
     is_sdxl = _is_sdxl(given, settings, name, model_family)
@@ -172,10 +275,14 @@ def translate(given: Settings, preset: str | None, fields: Iterable[str], model_
         if "beta_dpo" in given:
             notes.append("--beta_dpo is read as --beta, with our own defaults for the rest (--preset salesforce or diffusers for theirs)")
         return Translated(settings, name, notes)
+    root = family.based_on or name
     notes += _halved_beta(given, settings, name, is_sdxl)
-    notes += _steps_and_validation(given, settings, name)
-    known = set(fields)
-    defaults = {**family.defaults, **(family.sdxl_defaults if is_sdxl else {})}
+    notes += _steps_and_validation(given, settings, root)
+    notes += _idle(settings, name)
+    known, base = set(fields), FAMILIES[root]
+    defaults = {**base.defaults, **(base.sdxl_defaults if is_sdxl else {}), **family.defaults, **(family.sdxl_defaults if is_sdxl else {})}
+    if settings.get("tune", defaults["tune"]) == "full":
+        defaults.pop("rank", None)
     if settings.get("max_train_steps") is not None:
         defaults.pop("num_train_epochs", None)
     added = {key: value for key, value in defaults.items() if key in known and key not in settings}
@@ -218,14 +325,33 @@ def _is_on(given: Settings, switch: str) -> bool:
 
 
 def _halved_beta(given: Settings, settings: Settings, name: str, is_sdxl: bool) -> list[str]:
-    """The SD script of diffusers multiplies the whole difference of errors by beta, everyone else half of it."""
-    if name != "diffusers" or is_sdxl or "beta_dpo" not in given:
+    """The SD script of diffusers and the KTO script multiply the whole difference of errors by beta, everyone else half of it."""
+    if not (name == "diffusion_kto" or (name == "diffusers" and not is_sdxl)) or "beta_dpo" not in given:
         return []
     try:
         settings["beta"] = 2 * float(str(given["beta_dpo"]))
     except ValueError:
         return []  # the check of types names it
-    return [f"beta_dpo {given['beta_dpo']} of the SD script is beta {settings['beta']:g} here: that script leaves the factor 1/2 out"]
+    script = "SD" if name == "diffusers" else "KTO"
+    return [f"beta_dpo {given['beta_dpo']} of the {script} script is beta {settings['beta']:g} here: that script leaves the factor 1/2 out"]
+
+
+def _idle(settings: Settings, name: str) -> list[str]:
+    """Settings that the later scripts accept and do not use, left out with a note; and which of their scripts is meant."""
+    notes = []
+    if name == "mapo" and "rank" in settings:
+        settings.setdefault("tune", "lora")  # its LoRA script shares all flags with the other one
+    if name == "diffusion_kto":
+        if settings.get("train_data_dir") and settings.pop("dataset_name", None) is not None:
+            notes.append("dataset_name is left out: train_data_dir is what that script reads")
+        if settings.get("tune") != "lora" and settings.pop("rank", None) is not None:
+            notes.append("rank is left out: without --use_lora that script trains all weights")
+        for switch, share, usual in (("use_ema", "ema_decay", 0.998), ("reference_update_steps", "reference_decay", 0.999)):
+            if settings.get(switch):
+                settings.setdefault(share, usual)
+            elif settings.pop(share, None) is not None:
+                notes.append(f"{share} is left out: nothing is averaged")
+    return notes
 
 
 def _steps_and_validation(given: Settings, settings: Settings, name: str) -> list[str]:

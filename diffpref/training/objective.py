@@ -12,6 +12,7 @@ import torch
 
 from diffpref.core.scores import score_range
 from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
+from diffpref.data.forms import score_names
 from diffpref.data.groups import Grouping
 from diffpref.data.pairs import PairDataset
 from diffpref.guards import GUARDS, Guard, guarded
@@ -124,15 +125,18 @@ def _classes(recipe: str, path: str | None, guards: Sequence[str]) -> Iterator[t
         yield CONDITIONINGS[line.conditioning], {}
 
 
-def fitted(objective: Objective, pairs: PairDataset) -> Objective:
-    """The objective with the facts it needs of the data: the range of a score that was not given.
+def fitted(objective: Objective, pairs: PairDataset) -> tuple[Objective, PairDataset]:
+    """The objective with the facts it needs of the data, the range of a score that was not given; and the data with that score by name.
 
     Raises ValueError when the data lacks the score, misses values of it, or has a constant one.
     """
     method: Any = objective.method
     name = getattr(method, "score", None)
     if name is None:
-        return objective
+        return objective, pairs
+    found = next((other for other in score_names(name) if other in pairs.scores), name)
+    if found != name and found in pairs.scores:
+        pairs = dataclasses.replace(pairs, scores={**pairs.scores, name: pairs.scores[found]})
     if name not in pairs.scores:
         has = ", ".join(pairs.scores) or "no score columns"
         raise ValueError(
@@ -141,5 +145,5 @@ def fitted(objective: Objective, pairs: PairDataset) -> Objective:
         )
     low, high = score_range(torch.from_numpy(pairs.scores[name]), name)
     if not (hasattr(method, "score_min") and method.score_min is None and method.score_max is None):
-        return objective
-    return dataclasses.replace(objective, method=dataclasses.replace(method, score_min=low, score_max=high))
+        return objective, pairs
+    return dataclasses.replace(objective, method=dataclasses.replace(method, score_min=low, score_max=high)), pairs

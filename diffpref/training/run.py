@@ -246,7 +246,7 @@ def load_data(
     Raises ValueError for data that cannot be used.
     """
     pairs, held_out = load_run_pairs(config, accelerator.is_main_process, objective.groups)
-    objective = fitted(objective, pairs)
+    objective, pairs = fitted(objective, pairs)
     if objective.conditioning is None:
         return objective, pairs, held_out, None
     port = new_port(objective.conditioning, config, pairs, held_out, accelerator.is_main_process)

@@ -18,6 +18,7 @@ from diffpref.methods.diffusion_dpo import DiffusionDPO
 from diffpref.paths.forward import ForwardNoising
 from diffpref.training.config import TrainConfig
 from diffpref.training.families import FAMILIES, FOREIGN, MEANING, RENAMED, WITHOUT_EFFECT, Translated, detect, merged, translate
+from diffpref.training.objective import all_names
 from diffpref.training.settings import names_of
 
 FIELDS = names_of(TrainConfig, DiffusionDPO, ForwardNoising)
@@ -53,10 +54,12 @@ def test_flags_of_two_families_need_a_word() -> None:
 
 
 def test_no_name_of_ours_is_called_foreign() -> None:
-    assert not set(FOREIGN) & set(FIELDS)
-    assert {ours for ours, _ in MEANING.values()} | set(RENAMED.values()) <= set(FIELDS)
+    assert not set(FOREIGN) & {*FIELDS, *all_names()}
+    everything = {*names_of(TrainConfig), *all_names()}
+    assert {ours for ours, _ in MEANING.values()} | set(RENAMED.values()) <= everything
     for family in FAMILIES.values():
-        assert {*family.defaults, *family.sdxl_defaults} <= set(FIELDS)
+        assert {*family.defaults, *family.sdxl_defaults} <= everything
+        assert family.based_on is None or FAMILIES[family.based_on].based_on is None
 
 
 def test_defaults_of_a_family_lie_below_what_is_given() -> None:
@@ -91,7 +94,8 @@ def test_switches_mean_settings() -> None:
     assert "attention" not in found.settings
     assert not set(found.settings) & set(FOREIGN)
     assert any("--local_rank needs nothing here" in note for note in found.notes)
-    assert set(WITHOUT_EFFECT) == {"local_rank", "hard_skip_resume", "prior_generation_precision", "image_column"}
+    assert {"local_rank", "hard_skip_resume", "prior_generation_precision", "image_column"} <= set(WITHOUT_EFFECT)
+    assert len(WITHOUT_EFFECT) == 13
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,8 @@
+"""Align a model with MaPO; without arguments on the embedded testbed."""
+
+import sys
+
+from diffpref.cli import script
+
+if __name__ == "__main__":
+    sys.exit(script("train", "--method", "mapo"))
