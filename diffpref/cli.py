@@ -176,10 +176,11 @@ def _check_used(settings: dict[str, Any], common: list[str], owned: list[str]) -
 
 def _testbed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The testbed's settings for the chosen method and tuning, overridden by `settings`."""
-    from diffpref.testbed.recipe import read_recipe
+    from diffpref.testbed.recipe import read_recipe, scored_pairs
 
     method = settings.get("method", "diffusion_dpo")
-    return {"num_eval_prompts": 200} | read_recipe(f"{method}_full" if settings.get("tune") == "full" else method) | settings
+    found = {"num_eval_prompts": 200} | read_recipe(f"{method}_full" if settings.get("tune") == "full" else method) | settings
+    return found | ({"train_data_dir": str(scored_pairs())} if found.get("score") == "testbed_pickscore" else {})
 
 
 def _check_model_and_data(settings: dict[str, Any]) -> None:

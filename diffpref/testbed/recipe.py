@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import sys
+from pathlib import Path
 from typing import Any
+
+import pyarrow.parquet as pq
 
 from diffpref.data.prompts import PromptSet
 from diffpref.locations import asset, config_file
+from diffpref.scorers.weights import sha256
 from diffpref.testbed.prompts import draw_prompts
 from diffpref.testbed.sampling import GUIDANCE, STEPS
 from diffpref.training.config import TrainConfig
@@ -28,6 +34,21 @@ def read_recipe(name: str) -> Settings:
         "pretrained_model_name_or_path": str(asset("testbed", "pipeline")),
         "train_data_dir": str(asset("testbed", "pairs")),
     }
+
+
+def scored_pairs() -> Path:
+    """Folder with the shipped pairs and the scores of the testbed's own reward model, made at the first call; for SmPO and ODPO."""
+    from diffpref.testbed.labellings import with_scores
+
+    folder = Path("outputs", "testbed", "scored")
+    path = folder / f"own-{sha256(asset('testbed', 'scorer', 'model.safetensors'))[:8]}.parquet"
+    if not path.exists():
+        print("scoring the testbed's pairs with its own reward model, once", file=sys.stderr)
+        folder.mkdir(parents=True, exist_ok=True)
+        hidden = path.with_suffix(f".{os.getpid()}")
+        pq.write_table(with_scores(pq.read_table(asset("testbed", "pairs", "own.parquet"))), hidden, compression="zstd")
+        hidden.replace(path)
+    return folder
 
 
 def recipe_config(recipe: str = "diffusion_dpo", **changes: Any) -> TrainConfig:
