@@ -27,7 +27,7 @@ class UserConditioning:
     """Share of pairs whose user is replaced by zeros, drawn once per pair and visit."""
     user_tune: UserTune = "user"
     """What is trained: the user branch alone (the paper), or also a LoRA."""
-    encoder_fit_steps: int = 1000
+    encoder_fit_steps: int = 500
     """Steps of fitting the light encoder to predict choices, before training; 0 leaves it random."""
     train_user_encoder: bool = False
     """Train the light encoder further with the user branch."""

@@ -186,7 +186,7 @@ class UserPort:
                 right = fit_encoder(encoder.cpu(), users, features, self.settings.num_examples, self.settings.encoder_fit_steps, self.seed)
             encoder.to(device)
             self.facts["encoder_accuracy"] = right
-            print(f"user encoder: predicts {100 * right:.1f} % of the choices it was fitted to", file=sys.stderr)
+            print(f"user encoder: predicts {100 * right:.1f} % of the choices about other prompts", file=sys.stderr)
         for part in (encoder.evidence, encoder.attend):
             part.requires_grad_(self.settings.train_user_encoder)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -20,41 +21,54 @@ def fit_encoder(
     num_examples: int,
     steps: int,
     seed: int,
-    batch: int = 256,
+    batch: int = 128,
     rate: float = 2e-3,
 ) -> float:
-    """Fit in place on the pairs of these users; returns the share of choices predicted in the last tenth of the steps.
+    """Fit in place on the pairs of these users; returns the share of choices of other prompts that it predicts.
 
         loss = -log sigmoid( u . e ) = -log P(the user prefers what the label says)
 
-    features: pair id -> (F + F + P,) as preferred, rejected, prompt. A context never has the prompt of the pair that it predicts. A user
-    needs two prompts; one with a single prompt takes no part.
+    features: pair id -> (F + F + P,) as preferred, rejected, prompt. A context never has the prompt of the pair that it predicts. Pairs of
+    every fifth prompt are kept out, and the weights that predict them best are kept: the encoder soon knows pairs by heart. Raises
+    ValueError unless some user has pairs of two prompts on either side.
     """
     table, rows, prompts = _columns(users, features)
     _standardise(encoder, table)
-    draws, owners = generator(seed, "fit_encoder"), [i for i, own in enumerate(rows) if len(prompts[own].unique()) > 1]
-    if not owners:
-        raise ValueError("the encoder cannot be fitted: no user has decided pairs of two prompts; give more pairs per user")
-    optimizer = torch.optim.AdamW([*encoder.evidence.parameters(), *encoder.attend.parameters()], rate, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    right: list[float] = []
-    for _ in range(steps):
-        picked = [rows[owners[i]] for i in torch.randint(len(owners), (batch,), generator=draws).tolist()]
-        target = torch.stack([own[torch.randint(len(own), (), generator=draws)] for own in picked])
-        context = torch.stack([own[torch.randint(len(own), (num_examples,), generator=draws)] for own in picked])
+    known, other = ([own[(prompts[own] % 5 == 0) == kept_out] for own in rows] for kept_out in (False, True))
+    owners = [i for i, own in enumerate(known) if len(prompts[own].unique()) > 1]
+    judged = [i for i in owners if len(other[i])]
+    if not owners or not judged:
+        raise ValueError("the encoder cannot be fitted: no user has decided pairs of enough prompts; give more pairs per user")
+    optimizer = torch.optim.AdamW([*encoder.evidence.parameters(), *encoder.attend.parameters()], rate, weight_decay=0.1)
+    draws, best, kept = generator(seed, "fit_encoder"), 0.0, copy.deepcopy(encoder.state_dict())
+
+    def margins(of: Sequence[Tensor], whose: Sequence[int], number: int, source: torch.Generator) -> Tensor:
+        picked = [whose[i] for i in torch.randint(len(whose), (number,), generator=source).tolist()]
+        target = torch.stack([of[i][torch.randint(len(of[i]), (), generator=source)] for i in picked])
+        context = torch.stack([known[i][torch.randint(len(known[i]), (num_examples,), generator=source)] for i in picked])
         evidence, logits = encoder.evidence_of(table[context])
         logits = logits.masked_fill(prompts[context] == prompts[target][:, None], -torch.inf)
         vector = (logits.softmax(-1).nan_to_num()[..., None] * evidence).sum(1)
-        margin = (vector * encoder.evidence_of(table[target])[0]).sum(-1)
+        return (vector * encoder.evidence_of(table[target])[0]).sum(-1)
+
+    for step in range(steps):
         optimizer.zero_grad()
-        F.softplus(-margin).mean().backward()
+        F.softplus(-margins(known, owners, batch, draws)).mean().backward()
         optimizer.step()
-        schedule.step()
-        right.append(float((margin > 0).float().mean()))
+        if (step + 1) % LOOK_EVERY == 0 or step == steps - 1:
+            with torch.no_grad():
+                right = float((margins(other, judged, 1000, generator(seed, "judge_encoder")) > 0).float().mean())
+            if right > best:
+                best, kept = right, copy.deepcopy(encoder.state_dict())
+    encoder.load_state_dict(kept)
     with torch.no_grad():
         vectors = torch.cat([encoder.vector(table[own[:num_examples]][None]) for own in rows])
         encoder.unit.copy_(1 / vectors.std().clamp(min=1e-6))
-    return float(torch.tensor(right[-max(1, steps // 10) :]).mean())
+    return best
+
+
+LOOK_EVERY = 25
+"""Steps between looks at the pairs that are kept out."""
 
 
 def _columns(users: Mapping[str, Sequence[Pair]], features: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:

@@ -5,6 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
+import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,14 +19,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffpref.core.policy import evaluate
 from diffpref.core.types import Conditioning, PreferenceBatch
 from diffpref.data.pairs import load_pairs
 from diffpref.inference.user_pipelines import as_user_pipeline
 from diffpref.models.backbone import load_pipeline
+from diffpref.models.user_attention import user_layers
 from diffpref.training.conditioning import AxesConditioning, UserConditioning
 from diffpref.training.objective import build_objective
 from diffpref.training.port import AxesPort, UserPort, exchanged
 from diffpref.training.run import Run
+from tests.scorers.released import write_released
+from tests.scorers.test_vlm_judge import folder as vlm_folder  # noqa: F401  # a saved LLaVA of a few thousand parameters
 from tests.training.test_loop import assert_same
 
 Start = Callable[..., Run]
@@ -104,6 +112,42 @@ def test_embeddings_of_pairs(user_pairs: str, tmp_path: Path, prepare: Start) ->
     assert all(torch.equal(stored.embeds[user], x) for user, x in port.embeds.items())
     with pytest.raises(ValueError, match="seed: 0 -> 1"):
         prepare("other", objective(user_cache=str(tmp_path / "cache")), train_data_dir=user_pairs, seed=1)
+
+
+@pytest.mark.parametrize("kind", ["clip", "vlm", "table"])
+def test_every_encoder(kind: str, user_pairs: str, prepare: Start, vlm_folder: Path, tmp_path: Path) -> None:  # noqa: F811
+    weights = {"clip": str(write_released("pickscore", tmp_path / "clip")), "vlm": str(vlm_folder), "table": None}[kind]
+    run = prepare("run", objective(user_encoder=kind, user_encoder_weights=weights, user_dropout=0.0), train_data_dir=user_pairs)
+    batch = next(run.source)
+    assert batch.cond.user_embeds is not None
+    assert batch.cond.user_embeds.any()
+    for layer in user_layers(run.backbone.denoiser).values():
+        torch.nn.init.normal_(layer.user_v.weight)
+    steps = run.objective.path(batch, run.process, batch.random(0), run.policy, run.reference, run.null)
+    (found,) = evaluate(steps, batch.cond, run.policy, run.reference)
+    assert found.reference is not None
+    assert (found.policy - found.reference).abs().max() > 1e-3
+    found.policy.sum().backward()
+    assert all(p.grad is not None for p in run.trainable.values())
+
+
+def test_two_ranks_are_one_rank_with_twice_the_accumulation(
+    base_settings: dict[str, Any], user_pairs: str, run_training: Go, read_state: Any, tmp_path: Path
+) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    own = SMALL | {"beta": 200.0, "train_user_encoder": True}
+    given = base_settings | own | {"train_data_dir": user_pairs, "max_train_steps": 2, "output_dir": tmp_path / "two"}
+    words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
+    script = Path(__file__).parents[2] / "scripts" / "train_ppd.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*launcher, str(script), *words], capture_output=True, text=True, env=environment, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    one = run_training("one", objective(**own), train_data_dir=user_pairs, max_train_steps=2, gradient_accumulation_steps=2)
+    assert_same(read_state(tmp_path / "two", 2), read_state(one, 2))
+    assert (tmp_path / "two" / "user_weights.safetensors").is_file()
 
 
 def test_table_and_held_out_users(user_pairs: str) -> None:
