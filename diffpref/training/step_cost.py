@@ -27,6 +27,9 @@ from diffpref.models.backbone import FAMILIES, Backbone, vae_factor
 from diffpref.models.joint import TextAndUNet
 from diffpref.models.user_attention import UserUNet
 
+USER_TOKENS = 4
+"""Tokens that a user branch is counted with; it is the smallest part of a step."""
+
 
 @dataclass(frozen=True)
 class StepCost:
@@ -103,7 +106,9 @@ def step_cost(
         with counter, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             cond = _encoded(network, cond, checkpointing).map(lambda x: x.expand(-1, groups[1], *x.shape[2:]))
             predict = FAMILIES[backbone.family].predictor(unet)
-            prediction = predict(x_t, torch.zeros(groups, dtype=torch.int64), replace(cond, time_ids=times))
+            tokens = torch.empty(*groups, USER_TOKENS, unet.config.cross_attention_dim) if isinstance(network, UserUNet) else None
+            told = replace(cond, time_ids=times, user_embeds=tokens)
+            prediction = predict(x_t, torch.zeros(groups, dtype=torch.int64), told)
         forward_flops = counter.flops
         with counter:
             (prediction.float() - x_t).pow(2).mean().backward()

@@ -29,6 +29,7 @@ from diffpref.training.conditioning import AxesConditioning, UserConditioning
 from diffpref.training.objective import build_objective
 from diffpref.training.port import AxesPort, UserPort, exchanged
 from diffpref.training.run import Run
+from diffpref.training.step_cost import step_cost
 from tests.scorers.released import write_released
 from tests.scorers.test_vlm_judge import folder as vlm_folder  # noqa: F401  # a saved LLaVA of a few thousand parameters
 from tests.training.test_loop import assert_same
@@ -107,6 +108,8 @@ def test_embeddings_of_pairs(user_pairs: str, tmp_path: Path, prepare: Start) ->
     told = batch.cond.user_embeds
     assert told is not None
     assert told.shape[:2] == batch.relevance.shape
+    cost = step_cost(run.backbone, run.wrapped, (2, 2), 32, autocast=False, checkpointing=False, on_gpu=True)
+    assert cost.flops > 1.5 * cost.forward_flops > 0  # the branch alone is trained, and counted
     stored = prepare("again", objective(user_dropout=0.5, user_cache=str(tmp_path / "cache")), train_data_dir=user_pairs).port
     assert isinstance(stored, UserPort)
     assert all(torch.equal(stored.embeds[user], x) for user, x in port.embeds.items())
