@@ -46,10 +46,7 @@ def fit_encoder(
         picked = [whose[i] for i in torch.randint(len(whose), (number,), generator=source).tolist()]
         target = torch.stack([of[i][torch.randint(len(of[i]), (), generator=source)] for i in picked])
         context = torch.stack([known[i][torch.randint(len(known[i]), (num_examples,), generator=source)] for i in picked])
-        evidence, logits = encoder.evidence_of(table[context])
-        logits = logits.masked_fill(prompts[context] == prompts[target][:, None], -torch.inf)
-        vector = (logits.softmax(-1).nan_to_num()[..., None] * evidence).sum(1)
-        return (vector * encoder.evidence_of(table[target])[0]).sum(-1)
+        return _margins(encoder, table[context], table[target], prompts[context] == prompts[target][:, None])
 
     for step in range(steps):
         optimizer.zero_grad()
@@ -69,6 +66,14 @@ def fit_encoder(
 
 LOOK_EVERY = 25
 """Steps between looks at the pairs that are kept out."""
+
+
+def _margins(encoder: ExampleEncoder, context: Tensor, target: Tensor, same_prompt: Tensor) -> Tensor:
+    """u . e (B,) of contexts (B, N, F + F + P) and targets (B, F + F + P); examples of the target's prompt (B, N) do not count."""
+    evidence, logits = encoder.evidence_of(context)
+    logits = logits.masked_fill(same_prompt, -torch.inf)
+    vector = (logits.softmax(-1).nan_to_num()[..., None] * evidence).sum(1)
+    return (vector * encoder.evidence_of(target)[0]).sum(-1)
 
 
 def _columns(users: Mapping[str, Sequence[Pair]], features: Mapping[str, Tensor]) -> tuple[Tensor, list[Tensor], Tensor]:
