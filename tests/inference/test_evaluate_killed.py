@@ -6,6 +6,8 @@ import json
 import multiprocessing
 import os
 import signal
+import socket
+import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -15,6 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from accelerate import PartialState
 
 from diffpref.inference import pictures
 from diffpref.inference.evaluate import EvaluateConfig, evaluate
@@ -111,6 +114,40 @@ def test_labelling_of_existing_pairs(pairs_file: Path, tmp_path: Path) -> None:
     run(tmp_path / "whole")
     killed_again_and_again(tmp_path / "parts", (0, 1, 2, 3, 4), partial(run, tmp_path / "parts"))
     assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
+
+
+def as_rank(rank: int, port: int, work_to_do: Callable[[], object]) -> None:
+    """Do the work as one of two processes; the second is slow to draw."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    PartialState._reset_state()
+    if rank == 1:
+        draw = pictures.generate
+        pictures.generate = lambda *args, **more: (time.sleep(0.3), draw(*args, **more))[1]  # type: ignore[assignment]
+    work_to_do()
+
+
+def test_two_processes_share_an_evaluation(sd_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pictures, "CHUNK", 4)
+
+    def run(folder: Path) -> None:
+        settings = {"prompts": PROMPTS, "scorers": ("bright",), "num_inference_steps": 1, "guidance_scale": 1.0, "batch_size": 2}
+        config = EvaluateConfig(aligned=(f"again={sd_folder}",), output_dir=str(folder), **settings)
+        evaluate(config, {"bright": brightness}, str(sd_folder))
+
+    run(tmp_path / "one")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("fork")
+    ranks = [context.Process(target=as_rank, args=(rank, port, partial(run, tmp_path / "two"))) for rank in (0, 1)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(120)
+    assert [process.exitcode for process in ranks] == [0, 0]
+    one, two = (pq.read_table(tmp_path / name / "scores.parquet").to_pylist() for name in ("one", "two"))
+    assert [{**row, "bright": 0} for row in one] == [{**row, "bright": 0} for row in two]
+    assert max(abs(a["bright"] - b["bright"]) for a, b in zip(one, two, strict=True)) < 0.5
 
 
 def rows_of(folder: Path) -> list[dict[str, Any]]:
