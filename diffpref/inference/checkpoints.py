@@ -10,6 +10,8 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from diffpref.inference.user_pipelines import as_user_pipeline
+from diffpref.inference.users import CONFIG_FILE as USER_CONFIG_FILE
 from diffpref.models.files import read_shapes
 from diffpref.models.lora import LORA_FILE
 from diffpref.models.lora_file import merge_lora
@@ -25,14 +27,16 @@ class Candidate:
 
     name: str
     source: str | None  # None for the base
-    kind: str = "base"  # base, pipeline, unet or lora
+    kind: str = "base"  # base, pipeline, unet, lora or user
     lora_scale: float | None = None
-    label: str = ""  # the name without the strength
+    label: str = ""  # the name without the strength or the user
+    user: str | None = None  # for whom a personalised model draws
 
     def facts(self) -> dict[str, Any]:
         """What a report says about where the model comes from; folders by their name only."""
         source = Path(self.source).name if self.source and Path(self.source).exists() else self.source
-        return {"source": source or "base", "kind": self.kind, "lora_scale": self.lora_scale, "label": self.label or self.name}
+        facts = {"source": source or "base", "kind": self.kind, "lora_scale": self.lora_scale, "label": self.label or self.name}
+        return facts | ({"user": self.user} if self.user else {})
 
     def run_metrics(self) -> list[dict[str, Any]]:
         """The log of the training run that wrote the model, if it lies beside it; lines that a kill cut short are left out."""
@@ -48,12 +52,13 @@ class Candidate:
         return rows
 
 
-def parse_candidates(specs: Sequence[str], lora_scales: Sequence[float]) -> list[Candidate]:
-    """Models from "path" or "name=path"; a LoRA once for every strength.
+def parse_candidates(specs: Sequence[str], lora_scales: Sequence[float], users: Sequence[str] = ()) -> list[Candidate]:
+    """Models from "path" or "name=path"; a LoRA once for every strength, a personalised model once for every user.
 
-    Raises ValueError for names that come twice or cannot name a folder, and for paths of no known form.
+    Raises ValueError for names that come twice or cannot name a folder, for paths of no known form, and for users where no model
+    draws for any, or the other way round.
     """
-    found = []
+    found: list[Candidate] = []
     for spec in specs:
         name, separator, source = spec.partition("=")
         if not separator:
@@ -64,8 +69,16 @@ def parse_candidates(specs: Sequence[str], lora_scales: Sequence[float]) -> list
         if kind == "lora":
             several = len(lora_scales) > 1
             found += [Candidate(f"{name} x{scale:g}" if several else name, source, kind, scale, name) for scale in lora_scales]
+        elif kind == "user":
+            if not users:
+                raise ValueError(f"aligned {spec!r} draws for users; name them with --users, as that run's data does")
+            found += [Candidate(f"{name} for {user}", source, kind, None, name, user) for user in users]
         else:
             found.append(Candidate(name, source, kind, None, name))
+    if users and not any(c.kind == "user" for c in found):
+        raise ValueError(f"users is {', '.join(users)}, but none of the aligned models draws for users; leave it out")
+    if bad := [user for user in users if "/" in user]:
+        raise ValueError(f"users names {bad[0]!r}, which cannot be part of a folder's name")
     names = [c.name for c in found]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
@@ -74,12 +87,14 @@ def parse_candidates(specs: Sequence[str], lora_scales: Sequence[float]) -> list
 
 
 def kind_of(source: str) -> str:
-    """pipeline, unet or lora, from the files themselves; a hub id counts as a pipeline.
+    """pipeline, unet, lora or user, from the files themselves; a hub id counts as a pipeline.
 
     Raises ValueError for a path that holds none of them.
     """
     path = Path(source)
     if path.is_dir():
+        if (path / USER_CONFIG_FILE).is_file():
+            return "user"
         if (path / "model_index.json").is_file():
             return "pipeline"
         if (path / LORA_FILE).is_file():
@@ -87,7 +102,8 @@ def kind_of(source: str) -> str:
         if (path / "config.json").is_file() or (path / "unet" / "config.json").is_file():
             return "unet"
         raise ValueError(
-            f"aligned {source!r} holds no model: it needs model_index.json (a pipeline), config.json (a UNet) or {LORA_FILE} (a LoRA)"
+            f"aligned {source!r} holds no model: it needs model_index.json (a pipeline), config.json (a UNet), {LORA_FILE} (a LoRA) or "
+            f"{USER_CONFIG_FILE} (a personalised model)"
         )
     if path.is_file():
         if path.suffix != ".safetensors":
@@ -109,4 +125,10 @@ def open_candidate(base: str, revision: str | None, variant: str | None, candida
     pipeline = load_pipeline(base, revision, variant, unet_init=unet)
     if candidate.kind == "lora":
         merge_lora(pipeline, str(candidate.source), "aligned", 1.0 if candidate.lora_scale is None else candidate.lora_scale)
+    if candidate.kind == "user":
+        folder = Path(str(candidate.source))
+        if (folder / LORA_FILE).is_file():  # trained together with the user branch
+            merge_lora(pipeline, str(folder), "aligned")
+        pipeline = as_user_pipeline(pipeline, folder)
+        pipeline.set_user(candidate.user)
     return pipeline

@@ -45,9 +45,11 @@ class EvaluateConfig:
     variant: str | None = None
     """Weight variant of the base's files, such as fp16."""
     aligned: tuple[str, ...] = ()
-    """Aligned models, as path or name=path: a pipeline, a UNet-only folder, a UNet state dict such as unet.pth, or a LoRA."""
+    """Aligned models, as path or name=path: a pipeline, a UNet (folder or unet.pth), a LoRA, or the output_dir of a personalised run."""
     lora_scales: tuple[float, ...] = (1.0,)
     """Strengths of the LoRAs; several give a curve of score against strength, also beyond 1."""
+    users: tuple[str, ...] = ()
+    """Users that personalised models draw for, each a model of its own in the report."""
 
     prompts: tuple[str, ...] = ()
     """Prompts; quote each."""
@@ -110,7 +112,7 @@ def evaluate(config: EvaluateConfig, scorers: Mapping[str, Score], base: str, pr
         raise ValueError("precision is fp16, which needs a GPU; on a CPU use fp32 or bf16")
     prompts = prompts or chosen_prompts(config)
     try_scorers(scorers, prompts.texts)
-    candidates = [Candidate(BASE, None), *parse_candidates(config.aligned, config.lora_scales)]
+    candidates = [Candidate(BASE, None), *parse_candidates(config.aligned, config.lora_scales, config.users)]
     folder = Path(config.output_dir)
     claim_folder(folder, SETTINGS_FILE, settings_of(config, prompts), state.is_main_process)
     state.wait_for_everyone()

@@ -13,9 +13,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from diffusers.utils.dynamic_modules_utils import find_pipeline_class
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from diffpref.inference.checkpoints import parse_candidates
+from diffpref.inference.evaluate import EvaluateConfig, evaluate
+from diffpref.inference.pictures import picture_path
 from diffpref.inference.sample import SampleConfig, load
 from diffpref.inference.user_pipelines import UserStableDiffusionPipeline, UserStableDiffusionXLPipeline, as_user_pipeline, read_examples
 from diffpref.inference.users import WEIGHTS_FILE, branch_state, save_user_weights
@@ -175,6 +179,21 @@ def test_generate_draws_for_a_user(pipeline: Any, sdxl_folder: Path, weights: Pa
             load(SampleConfig(**common, **wrong))
     with pytest.raises(ValueError, match="user_weights"):
         SampleConfig(prompts=("a cat",), user=("anna",))
+
+
+def test_evaluation_takes_every_user_as_a_model(pipeline: Any, sdxl_folder: Path, weights: Path, tmp_path: Path) -> None:
+    settings = {"prompts": ("a red ring", "a cat"), "scorers": ("bright",), "num_inference_steps": 2, "guidance_scale": 1.0}
+    config = EvaluateConfig(aligned=(f"ppd={weights}",), users=("anna", "ben"), output_dir=str(tmp_path), **settings)
+    report = evaluate(config, {"bright": lambda images, prompts: [float(np.asarray(i).mean()) for i in images]}, str(sdxl_folder))
+    assert report is not None
+    assert list(report.measured) == ["base", "ppd for anna", "ppd for ben"]
+    assert report.models["ppd for ben"]["user"] == "ben"
+    shown = [np.asarray(Image.open(picture_path(tmp_path, name, 0, 0))).astype(int) for name in report.measured]
+    assert min(np.abs(shown[a] - shown[b]).max() for a, b in ((0, 1), (0, 2), (1, 2))) > 2
+    with pytest.raises(ValueError, match="draws for users; name them with --users"):
+        parse_candidates([f"ppd={weights}"], (1.0,))
+    with pytest.raises(ValueError, match="users is anna, but none of the aligned models draws for users"):
+        parse_candidates([str(sdxl_folder)], (1.0,), ("anna",))
 
 
 def test_clear_errors(pipeline: Any, sd_folder: Path, sdxl_folder: Path, weights: Path, tmp_path: Path) -> None:
