@@ -55,7 +55,7 @@ table.plain td { overflow-wrap: anywhere; }
 .hero-side .scale { width: 100%; }
 .scale i { font-style: normal; }
 .bars .bar, .bars .scale { width: 190px; }
-.bars td:first-child { white-space: nowrap; }
+.bars td:first-child, .bars td:last-child { white-space: nowrap; }
 .track { fill: var(--track); }
 .fill { fill: var(--bar); }
 .accent .fill { fill: var(--accent); }

@@ -40,7 +40,8 @@ class Candidate:
 
     def run_metrics(self) -> list[dict[str, Any]]:
         """The log of the training run that wrote the model, if it lies beside it; lines that a kill cut short are left out."""
-        path = Path(self.source or "") / METRICS_FILE
+        place = Path(self.source or "")
+        path = (place.parent if place.is_file() else place) / METRICS_FILE
         if not self.source or not path.is_file():
             return []
         rows = []

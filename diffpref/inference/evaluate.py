@@ -135,7 +135,7 @@ def evaluate(config: EvaluateConfig, scorers: Mapping[str, Score], base: str, pr
         settings_of(config, prompts),
         prompts,
         drawing,
-        {c.name: c.facts() | ({"source": base_name(base)} if c.name == BASE else {}) for c in candidates},
+        {c.name: c.facts() | ({"source": base_name(config, base)} if c.name == BASE else {}) for c in candidates},
         scorers,
         measured,
         config.trained_on,
@@ -146,8 +146,10 @@ def evaluate(config: EvaluateConfig, scorers: Mapping[str, Score], base: str, pr
     return report
 
 
-def base_name(base: str) -> str:
-    """What a report calls the base: a hub id, or a folder's name."""
+def base_name(config: EvaluateConfig, base: str) -> str:
+    """What a report calls the base: a hub id, a folder's name, or the testbed's model."""
+    if config.pretrained_model_name_or_path is None:
+        return "the testbed's model"
     return Path(base).name if Path(base).exists() else base
 
 
