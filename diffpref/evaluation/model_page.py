@@ -69,6 +69,7 @@ def render(report: ModelReport, pictures: Pictures, max_pictures: int) -> str:
     body = "".join(
         [
             _scores(report),
+            _together(report),
             _strength(report),
             _statistics(report),
             _gallery(report, pictures, max_pictures),
@@ -116,6 +117,25 @@ def _score_row(c: Comparison, trained_on: str | None) -> list[str]:
         rate,
         f"{c.p_value_holm:.2g}",
     ]
+
+
+def _together(report: ModelReport) -> str:
+    rows = [
+        [
+            html.escape(c.model),
+            c.rule.replace("_", " "),
+            interval_bar(c.win_rate, c.win_rate_low, c.win_rate_high, "accent" if c.win_rate_low > 0.5 else ""),
+            f"{parts.percent(c.win_rate)} ({100 * c.win_rate_low:.1f} to {100 * c.win_rate_high:.1f})",
+            parts.percent(c.undecided),
+        ]
+        for c in report.combined
+    ]
+    text = (
+        "One verdict per picture from all scores: the mean of z-scores, the mean of log sigmoid(z), the majority, and Pareto, which "
+        "decides only where no score would turn it round. Undecided counts one half."
+    )
+    head = ("Model", "Rule", parts.SCALE, "Win rate (95&nbsp;%)", "Undecided")
+    return parts.section("All scorers together", text, parts.table(head, rows, "bars")) if rows else ""
 
 
 def _strength(report: ModelReport) -> str:

@@ -16,7 +16,15 @@ import numpy as np
 from diffpref.data.prompts import PromptSet
 from diffpref.evaluation.generate import Drawing
 from diffpref.evaluation.pictures import Measured, diversity, drift
-from diffpref.evaluation.score_table import Comparison, ScoreTable, compare_model, markdown
+from diffpref.evaluation.score_table import (
+    Combined,
+    Comparison,
+    ScoreTable,
+    combine_scorers,
+    combined_markdown,
+    compare_model,
+    markdown,
+)
 from diffpref.evaluation.work import write_text
 
 REJECTED_FILE = "rejected_rows.jsonl"
@@ -43,6 +51,12 @@ class ModelReport:
     def table(self) -> ScoreTable:
         """All scores."""
         return ScoreTable(self.prompts.texts, self.drawing.seeds, {name: m.scores for name, m in self.measured.items()})
+
+    @property
+    def combined(self) -> list[Combined]:
+        """All scorers together, for every model."""
+        base = self.measured[BASE].scores
+        return [c for name, m in self.measured.items() if name != BASE for c in combine_scorers(name, base, m.scores)]
 
     def statistics(self) -> dict[str, dict[str, float]]:
         """Model -> mean of every picture statistic, diversity over the seeds of a prompt, and drift from the base."""
@@ -71,6 +85,7 @@ class ModelReport:
                 "scorers": self.scorers,
                 "trained_on": self.trained_on,
                 "comparisons": [dataclasses.asdict(c) for c in self.comparisons],
+                "combined": [dataclasses.asdict(c) for c in self.combined],
                 "statistics": self.statistics(),
             }
         )
@@ -95,6 +110,7 @@ class ModelReport:
             markdown(self.comparisons),
             "Win: the model's picture scores higher than the base's of the same seed, a tie counts one half; intervals are Wilson's over "
             "prompts. Difference: bootstrap over prompts. p: exact sign test over prompts, corrected over the scorers of a model.\n",
+            *([combined_markdown(self.combined)] if self.combined else []),
             _statistics_table(self.statistics()),
         ]
         return "\n".join(lines)

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from diffpref.evaluation.combine import RULES
 from diffpref.evaluation.stats import holm, paired_bootstrap, sign_test, wilson_interval
 
 
@@ -84,6 +85,53 @@ def compare_model(model: str, base: Mapping[str, np.ndarray], scores: Mapping[st
         Comparison(model=model, scorer=name, p_value_holm=corrected[name], **values)  # type: ignore[arg-type]
         for name, values in found.items()
     ]
+
+
+@dataclass(frozen=True)
+class Combined:
+    """The verdict of all scorers together on a model against the base."""
+
+    model: str
+    rule: str
+    win_rate: float
+    win_rate_low: float
+    win_rate_high: float
+    undecided: float  # share of the pictures
+    num_prompts: int
+
+
+TOGETHER = ("mean_z", "log_sigmoid", "majority", "pareto")
+"""Rules of `combine` that differ between two pictures; win_count is majority there."""
+
+
+def combine_scorers(model: str, base: Mapping[str, np.ndarray], scores: Mapping[str, np.ndarray]) -> list[Combined]:
+    """Every rule's verdict between the model's and the base's picture; scores are (P, S) each. Empty for fewer than two scorers.
+
+    Prompts that a scorer refused are left out, and so are scorers that give every picture the same score.
+    """
+    shared = [name for name in scores if name in base]
+    if len(shared) < 2:
+        return []
+    known = np.all([np.isfinite(base[n]) & np.isfinite(scores[n]) for n in shared], axis=0).all(1)
+    shape = (int(known.sum()), next(iter(base.values())).shape[1])
+    pairs = {n: np.stack([scores[n][known].ravel(), base[n][known].ravel()], 1) for n in shared}
+    pairs = {n: values for n, values in pairs.items() if values.size and values.std() > 0}
+    found = []
+    for rule in TOGETHER if len(pairs) > 1 else ():
+        verdict = RULES[rule](pairs)[:, 0, 1].reshape(shape)
+        shares = ((verdict > 0) + 0.5 * (verdict == 0)).mean(1)
+        low, high = wilson_interval(float(shares.sum()), len(shares))
+        found.append(Combined(model, rule, float(shares.mean()), low, high, float((verdict == 0).mean()), len(shares)))
+    return found
+
+
+def combined_markdown(combined: Sequence[Combined]) -> str:
+    """The verdicts of all scorers together as a table for people."""
+    lines = ["| model | all scorers together | win rate (95 %) | undecided |", "|---|---|---|---|"]
+    for c in combined:
+        rate = f"{100 * c.win_rate:.1f} % ({100 * c.win_rate_low:.1f} to {100 * c.win_rate_high:.1f})"
+        lines.append(f"| {c.model} | {c.rule} | {rate} | {100 * c.undecided:.1f} % |")
+    return "\n".join(lines) + "\n"
 
 
 def _compare(name: str, base: np.ndarray, model: np.ndarray) -> dict[str, float | int]:

@@ -39,6 +39,8 @@ class BenchmarkConfig:
     """Aligned models, as path or name=path; the base itself is drawn too."""
     lora_scales: tuple[float, ...] = (1.0,)
     """Strengths of the LoRAs."""
+    users: tuple[str, ...] = ()
+    """Users that personalised models draw for."""
     num_images_per_prompt: int | None = None
     """Pictures per prompt; the benchmark's own number when not given."""
     seed: int = 0
@@ -90,7 +92,7 @@ def draw(config: BenchmarkConfig) -> int:
     }
     claim_folder(folder, SETTINGS_FILE, settings | {"prompts_hash": prompts.hash}, state.is_main_process)
     state.wait_for_everyone()
-    candidates = [Candidate(BASE, None), *parse_candidates(config.aligned, config.lora_scales)]
+    candidates = [Candidate(BASE, None), *parse_candidates(config.aligned, config.lora_scales, config.users)]
     for candidate in candidates:
         load = partial(load_candidate, config, str(config.pretrained_model_name_or_path), candidate, state.device)
         drawn = draw_missing(folder, candidate.name, drawing, load, state.process_index, state.num_processes)

@@ -18,10 +18,10 @@ from PIL import Image
 
 from diffpref.core.random import uniform
 from diffpref.data.images import decode_image
+from diffpref.evaluation.combine import RULES, Picked, pick_pairs, ranks
 from diffpref.evaluation.generate import Images
 from diffpref.evaluation.scoring import Score, score_pictures
 from diffpref.evaluation.work import missing_shards, shard_path, write_bytes, write_table, write_text
-from diffpref.labelling.combine import RULES, Picked, pick_pairs, ranks
 
 REJECTED_FILE = "rejected_rows.jsonl"
 """Rows and prompts that were set aside, with the reasons."""

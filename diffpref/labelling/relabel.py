@@ -16,10 +16,10 @@ from PIL import Image
 from diffpref.data.images import ImageError, decode_image
 from diffpref.data.pairs import PairDataset
 from diffpref.data.schema import PairRow
+from diffpref.evaluation.combine import RULES
 from diffpref.evaluation.scoring import Score, score_pictures
 from diffpref.evaluation.stats import wilson_interval
 from diffpref.evaluation.work import missing_shards, shard_path, write_table
-from diffpref.labelling.combine import RULES
 from diffpref.labelling.pairs import REJECTED_FILE, agreement, write_rejected
 
 

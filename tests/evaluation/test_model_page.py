@@ -77,6 +77,8 @@ def test_data_page_and_markdown_hold_the_same_numbers(report: ModelReport, tmp_p
     assert [row["prompt"] for row in gallery["rows"]] == report.prompts.texts
     assert gallery["rows"][3]["scores"]["lora x1"]["pickscore"] == report.measured["lora x1"].scores["pickscore"][3, 0]
     assert "(trained on)" in page
+    assert len(stored["combined"]) == 3 * 4
+    assert "All scorers together" in page
     own, other = (c for c in stored["comparisons"][:2])
     assert trained_on_and_others(report)["lora x0.5"] == (own["win_rate"], other["win_rate"])
     assert "<th>wins, other scorers</th>" in page

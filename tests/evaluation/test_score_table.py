@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from diffpref.evaluation.score_table import ScoreTable, compare_model, markdown, win_shares
+from diffpref.evaluation.score_table import ScoreTable, combine_scorers, compare_model, markdown, win_shares
 from diffpref.evaluation.stats import holm, paired_bootstrap, sign_test, wilson_interval
 
 stats = pytest.importorskip("scipy.stats")
@@ -78,6 +78,21 @@ def test_a_clear_winner_over_several_scorers() -> None:
     text = markdown(list(found.values()))
     assert text.count("\n") == 4
     assert "| m | a |" in text
+
+
+def test_all_scorers_together() -> None:
+    base = {"a": np.array([[0.0], [0.0], [0.0], [0.0]]), "b": np.array([[0.0], [0.0], [0.0], [0.0]])}
+    model = {"a": np.array([[1.0], [1.0], [-1.0], [np.nan]]), "b": np.array([[3.0], [-1.0], [-1.0], [1.0]])}
+    found = {c.rule: c for c in combine_scorers("m", base, model)}
+    assert found.keys() == {"mean_z", "log_sigmoid", "majority", "pareto"}
+    assert {c.num_prompts for c in found.values()} == {3}
+    assert found["majority"].win_rate == found["pareto"].win_rate == 0.5  # one win, one undecided, one loss
+    assert found["pareto"].undecided == pytest.approx(1 / 3)
+    assert found["mean_z"].undecided == 0
+    swapped = {c.rule: c.win_rate for c in combine_scorers("m", model, base)}
+    assert all(swapped[rule] == pytest.approx(1 - c.win_rate) for rule, c in found.items())
+    assert combine_scorers("m", {"a": base["a"]}, {"a": model["a"]}) == []
+    assert combine_scorers("m", base, {"a": model["a"], "b": base["b"]}) == []  # b says nothing
 
 
 def test_the_table_is_stored_row_by_row(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from diffpref.labelling.combine import RULES, mean_z, pick_pairs, ranks, z_scores
+from diffpref.evaluation.combine import RULES, mean_z, pick_pairs, ranks, z_scores
 
 RNG = np.random.default_rng(0)
 SCORES = {"a": RNG.normal(size=(5, 4)), "b": 100 + 30 * RNG.normal(size=(5, 4)), "c": RNG.normal(size=(5, 4)).round()}
