@@ -15,6 +15,7 @@ from typing import Any
 USAGE = """usage: diffpref COMMAND [--setting value ...]
 
   train      align a model with preference pairs; without model and data it uses the embedded testbed
+  cache      encode a run's pictures and prompts once; runs with --latent_cache then start at once
   generate   pictures from prompts and seeds, with a base, aligned or LoRA checkpoint
   export     a run's result for another program: kohya LoRA, merged pipeline, single file
   label      pairs from a model's pictures, judged by scorers; or scores and labels for existing pairs
@@ -54,6 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         _die_with_launcher()
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
+        "cache": cache,
         "generate": generate,
         "export": export,
         "label": label,
@@ -93,10 +95,33 @@ def train(argv: list[str]) -> int:
     return _run(config, objective, num_prompts, notes)
 
 
+def cache(argv: list[str]) -> int:
+    """Encode the pictures and prompts of a run into its latent_cache; see diffpref/training/latent_cache.py."""
+    _use_all_cores()
+    from diffpref.training.cache_config import CacheConfig
+    from diffpref.training.config import TrainConfig
+    from diffpref.training.settings import build, help_text, names_of, parse_flags, split_flags
+
+    own_flags, rest = split_flags(argv, names_of(CacheConfig))
+    own = build(CacheConfig, parse_flags(own_flags, names_of(CacheConfig)))
+    found = _train_settings(rest)
+    if found is None:
+        print(f"\nusage: diffpref cache --latent_cache FOLDER [the settings above] [--setting value ...]\n{help_text(CacheConfig)}")
+        return 0
+    config = build(TrainConfig, {name: value for name, value in found[0].items() if name in names_of(TrainConfig)})
+    if config.latent_cache is None:
+        raise ValueError("latent_cache is not given; name the folder to make: --latent_cache FOLDER")
+    from diffpref.training.cache_command import build_cache
+
+    build_cache(config, own, found[1].groups)
+    return 0
+
+
 def _train_settings(argv: list[str]) -> tuple[dict[str, Any], Any, list[str]] | None:
     """(settings of the run, objective, what to say about their origin) of a training command; None after --help."""
     from diffpref.training.config import TrainConfig
     from diffpref.training.families import FOREIGN, merged, translate, what_is_trained
+    from diffpref.training.help import train_help
     from diffpref.training.objective import all_names, build_objective, objective_names
     from diffpref.training.settings import convert, names_of, parse_flags, read_yaml
 
@@ -104,7 +129,7 @@ def _train_settings(argv: list[str]) -> tuple[dict[str, Any], Any, list[str]] | 
     known = [*dict.fromkeys([*names_of(TrainConfig), *all_names(), *FOREIGN, *extra])]
     flags = parse_flags(argv, known)
     if flags.pop("help", False):
-        print(_train_help())
+        print(train_help())
         return None
     path = flags.pop("config", None)
     given = merged(read_yaml(path, known) if path else {}, flags)
@@ -130,27 +155,6 @@ def _train_settings(argv: list[str]) -> tuple[dict[str, Any], Any, list[str]] | 
         print(f"No model and no data given: using the embedded testbed, method {name}.", flush=True)
         settings, notes = _testbed_settings(settings | {"method": name}), []
     return settings, build_objective(name, settings, way, guards), notes
-
-
-def _train_help() -> str:
-    from diffpref.guards import GUARDS
-    from diffpref.methods import METHODS
-    from diffpref.methods.recipes import RECIPES
-    from diffpref.paths import PATHS
-    from diffpref.training.config import TrainConfig
-    from diffpref.training.families import FAMILIES, FOREIGN
-    from diffpref.training.settings import help_text
-
-    parts = (*METHODS.values(), *PATHS.values(), *GUARDS.values())
-    return (
-        f"usage: diffpref train [--config FILE.yaml] [--setting value ...]\n{help_text(TrainConfig, *parts)}\n\n"
-        "  --num_eval_prompts  (int, default 200)\n      Testbed only: test prompts of the report.\n"
-        f"  --preset  ({', '.join(FAMILIES)})\n      Whose defaults are meant; the flags tell when not given (docs/migrate.md).\n"
-        f"  --path  ({', '.join(PATHS)})\n      How x_t is reached; the method's own when not given.\n"
-        f"  --guards  (any of {', '.join(GUARDS)})\n      Guards to wear beside the method's own.\n\n"
-        f"Methods: {', '.join(RECIPES)}\n\n"
-        f"Flags of other scripts that are understood: {', '.join(f'--{name}' for name in FOREIGN)}"
-    )
 
 
 def _model_family(settings: dict[str, Any]) -> str:

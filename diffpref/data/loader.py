@@ -100,6 +100,13 @@ class PairPixels(Dataset[Sample]):
         """What the draws of group `index` are keyed by."""
         return (self.pairs.pair_ids if self.groups is None else self.groups.group_ids)[index]
 
+    def cells(self) -> np.ndarray:
+        """Pair and image of it behind every picture, int64 (N, U, 2), best first."""
+        if self.groups is not None:
+            return self.groups.cells
+        order = np.where(self.pairs.p0[:, None] >= 0.5, [[0, 1]], [[1, 0]])
+        return np.stack([np.broadcast_to(np.arange(len(self))[:, None], order.shape), order], -1)
+
     def prompts(self, index: int) -> tuple[str, ...]:
         """The captions (K,) of group `index`."""
         return (self.pairs.prompts[index],) * 2 if self.groups is None else self.groups.prompts[index]
@@ -111,6 +118,14 @@ class PairPixels(Dataset[Sample]):
             return {name: found[rows] for name, found in self.groups.scores.items()}
         order = np.where(self.pairs.p0[rows, None] >= 0.5, [[0, 1]], [[1, 0]])
         return {name: np.take_along_axis(found[rows], order, 1) for name, found in self.pairs.scores.items()}
+
+    def relevance(self, indices: Sequence[int]) -> torch.Tensor:
+        """The relevance (G, K) of groups, float32, as their samples have it."""
+        rows = np.asarray(indices)
+        if self.groups is not None:
+            return torch.from_numpy(self.groups.relevance[rows]).float()
+        larger = np.maximum(self.pairs.p0[rows], 1 - self.pairs.p0[rows])
+        return torch.from_numpy(np.stack([larger, 1 - larger], 1)).float()
 
     def shape(self, index: int) -> Shape:
         """Height and width to which group `index` is brought."""

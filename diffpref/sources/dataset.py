@@ -17,6 +17,7 @@ from torch import Tensor
 from diffpref.core.random import PairRandom
 from diffpref.core.types import Conditioning, PreferenceBatch
 from diffpref.data.buckets import Shape
+from diffpref.data.cache import LatentStore
 from diffpref.data.loader import PairPixels, batches
 from diffpref.data.sampler import Item
 
@@ -35,6 +36,8 @@ class Encoder:
     seed: int
     proportion_empty_prompts: float = 0.0
     prompt_cache: dict[str, Conditioning] | None = None  # filled with every prompt that passes, on the CPU, if given
+    store: LatentStore | None = None  # where the latents of the pairs lie, if they were encoded before
+    stored_prompt: Callable[[str], Conditioning] | None = None  # gives prompts that were encoded before, in place of encode_prompts
     pictures_at_once: int = 8  # given to encode_moments
     prompts_at_once: int = 8  # given to encode_prompts
 
@@ -61,8 +64,8 @@ class Encoder:
 
     @cached_property
     def null_row(self) -> Conditioning:
-        """The null prompt where the other rows lie: on the CPU with a prompt cache."""
-        return self.null_prompt if self.prompt_cache is None else self.null_prompt.map(_kept)
+        """The null prompt where the other rows lie: on the CPU with prompts that are kept or stored."""
+        return self.null_prompt if self.prompt_cache is None and self.stored_prompt is None else self.null_prompt.map(_kept)
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ def assemble(encoded: Encoded, encoder: Encoder) -> PreferenceBatch:
 
 def _conditioning(prompts: Sequence[str], empty: Sequence[bool], encoder: Encoder) -> Conditioning:
     """Text conditioning (N, 1, ...) of N prompts on the encoder's device, with the null prompt where `empty`."""
-    if encoder.prompt_cache is None:
+    if encoder.stored_prompt is not None:
+        rows = [encoder.null_row if dropped else encoder.stored_prompt(p) for p, dropped in zip(prompts, empty, strict=True)]
+    elif encoder.prompt_cache is None:
         different = list(dict.fromkeys(prompts))
         known = dict(zip(different, encoder.prompt_rows(different), strict=True))
         rows = [known[prompt] for prompt in prompts]

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from diffpref.training.config_checks import check_cache, check_hub, check_validation
 from diffpref.training.order import check_order
 
 
@@ -139,6 +140,8 @@ class TrainConfig:
     """Share of pairs whose prompt is replaced by the empty one, drawn once per pair and visit."""
     cache_latents: bool = False
     """Encode all pictures and prompts once and keep them in memory; not with random_crop."""
+    latent_cache: str | None = None
+    """Folder made by `diffpref cache` with the settings of this run: latents and prompts are read from it, nothing is encoded."""
     dataloader_num_workers: int = 0
     """Processes that decode pictures; does not change what is seen."""
     vae_encode_batch_size: int = 8
@@ -236,8 +239,7 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         _check_ranges(self)
-        if self.cache_latents and self.random_crop:
-            raise ValueError("cache_latents is true together with random_crop: a cached latent has one crop; switch one of them off")
+        check_cache(self)
         if self.bucket_step != TrainConfig.bucket_step and not self.aspect_ratio_buckets:
             raise ValueError(f"bucket_step is {self.bucket_step}, but there are no buckets; add aspect_ratio_buckets or leave it out")
         if self.aspect_ratio_buckets and self.streaming:
@@ -245,13 +247,9 @@ class TrainConfig:
                 "aspect_ratio_buckets is true together with streaming: the sizes of all pictures must be known at the start; "
                 "switch one of them off"
             )
-        if self.cache_latents and self.dataloader_num_workers:
-            raise ValueError(
-                f"dataloader_num_workers is {self.dataloader_num_workers}, but cache_latents decodes nothing while training; drop one"
-            )
         check_order(self)
         _check_tuning(self)
-        _check_validation(self)
+        check_validation(self)
         if self.validation_steps and not (self.validation_prompts or self.held_out_pairs):
             raise ValueError(
                 f"validation_steps is {self.validation_steps}, but there is nothing to validate with: "
@@ -264,25 +262,13 @@ class TrainConfig:
             raise ValueError(
                 f"train_data_dir {self.train_data_dir!r} and dataset_name {self.dataset_name!r} are both given; keep the one to train on"
             )
-        _check_hub(self)
+        check_hub(self)
         _check_data(self)
 
     @property
     def data_source(self) -> str | None:
         """The folder or hub id of the pairs."""
         return self.train_data_dir or self.dataset_name
-
-
-def _check_hub(config: TrainConfig) -> None:
-    for name in ("hub_model_id", "hub_token"):
-        if getattr(config, name) is not None and not config.push_to_hub:
-            raise ValueError(f"{name} is given, but push_to_hub is false, so that it would be ignored; add --push_to_hub, or drop it")
-    trackers = {name.strip() for name in config.report_to.split(",")} - {"none", "tensorboard"}
-    if config.hub_token is not None and trackers:
-        raise ValueError(
-            f"hub_token is given together with report_to {config.report_to!r}: such trackers store the command with the token in it; "
-            "log in with `hf auth login` or set HF_TOKEN in place of hub_token"
-        )
 
 
 _AT_LEAST = {
@@ -322,7 +308,7 @@ def _check_data(config: TrainConfig) -> None:
         return
     if config.max_train_samples is None:
         raise ValueError("streaming is true without max_train_samples, the number of pairs to take from the stream; give it")
-    for name in ("held_out_pairs", "label_noise_prob", "cache_latents"):
+    for name in ("held_out_pairs", "label_noise_prob", "cache_latents", "latent_cache"):
         if getattr(config, name):
             raise ValueError(
                 f"{name} is {getattr(config, name)} together with streaming: it needs all pairs before training; drop one of them"
@@ -375,23 +361,3 @@ def _check_tuning(config: TrainConfig) -> None:
     for name, (what, present) in needed.items():
         if not present and getattr(config, name) != getattr(TrainConfig, name):
             raise ValueError(f"{name} is {getattr(config, name)}, which only {what} uses; leave it out or add that")
-
-
-def _check_validation(config: TrainConfig) -> None:
-    """Scorer and early stopping need validations with something to measure."""
-    patience, by_scorer = config.early_stopping_patience, config.early_stopping_metric == "scorer"
-    if config.validation_scorer and not config.validation_steps:
-        raise ValueError(f"validation_scorer is {config.validation_scorer!r}, but nothing is validated; add validation_steps")
-    if by_scorer and patience is None:
-        raise ValueError("early_stopping_metric is scorer, but nothing stops early; add early_stopping_patience or leave it out")
-    if patience is None:
-        return
-    if not config.validation_steps:
-        raise ValueError(f"early_stopping_patience is {patience}, but nothing is validated; add validation_steps")
-    if by_scorer and not config.validation_scorer:
-        raise ValueError("early_stopping_metric is scorer, but there is none; add validation_scorer")
-    if not by_scorer and not config.held_out_pairs:
-        raise ValueError(
-            f"early_stopping_patience is {patience} and early_stopping_metric implicit_accuracy, but no pairs are held out; "
-            "add held_out_pairs, or use early_stopping_metric scorer"
-        )

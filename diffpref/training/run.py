@@ -233,8 +233,8 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     )
     begin(run, preflight, partial(new_source, pixels=pixels, sampler=sampler, encoder=encoder, accelerator=accelerator), pairs, notes)
     if validation and held_out is not None and objective.needs_reference:
-        reference = new_reference(backbone, module, frozen_copy, alone, state)
-        validation.accuracy = held_out_accuracy(config, held_out, objective.groups, backbone, alone, reference, encoder, port)
+        compared = alone, new_reference(backbone, module, frozen_copy, alone, state)
+        validation.accuracy = held_out_accuracy(config, held_out, objective.groups, backbone, compared, encoder, port)
     return run
 
 

@@ -42,7 +42,7 @@ class RunCosts:
         self.autocast = accelerator.mixed_precision != "no"
         self.on_gpu = accelerator.device.type == "cuda"
         self.budget = budget
-        self.cache = self._cache(len(pixels)) if config.cache_latents else 0
+        self.cache = self._cache(len(pixels)) if config.cache_latents and not config.latent_cache else 0
         self.counts = self._counts(accelerator.num_processes)
         self._steps: dict[tuple[int, bool], StepCost] = {}
         self._bound: int | None = upper_bound(backbone, module, 2 * self.images_per_group * config.train_batch_size, resolution)

@@ -55,6 +55,7 @@ _MAY_CHANGE = {
     "merge_lora",
     "check_images",
     "cache_latents",
+    "latent_cache",
     "cache_dir",
     "vae_encode_batch_size",
     "gradient_checkpointing",

@@ -42,6 +42,19 @@ def parse_flags(argv: Sequence[str], known: Iterable[str]) -> Settings:
     return {name: _scalar(values) for name, values in settings.items()}
 
 
+def split_flags(argv: Sequence[str], own: Iterable[str]) -> tuple[list[str], list[str]]:
+    """(the flags named in `own` with their values, everything else), for a command that passes the rest on."""
+    names = set(own)
+    taken: list[str] = []
+    rest: list[str] = []
+    into = rest
+    for word in argv:
+        if word.startswith("--"):
+            into = taken if word[2:].partition("=")[0].replace("-", "_") in names else rest
+        into.append(word)
+    return taken, rest
+
+
 def _scalar(words: list[str]) -> str | bool | list[str]:
     return (words[0] if len(words) == 1 else words) if words else True
 

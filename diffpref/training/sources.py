@@ -19,7 +19,9 @@ from diffpref.data.pairs import PairDataset
 from diffpref.data.sampler import PairSampler
 from diffpref.models.backbone import Backbone
 from diffpref.sources.dataset import Encoder, LatentCache, from_disk
+from diffpref.sources.stored import StoredLatents, with_store
 from diffpref.training.config import TrainConfig
+from diffpref.training.latent_cache import open_store
 from diffpref.training.models import check_resolution
 from diffpref.training.order import group_weights, new_sampler
 from diffpref.training.port import Port
@@ -69,8 +71,11 @@ def new_buckets(config: TrainConfig, pairs: PairDataset | Groups, backbone: Back
 
 
 def new_encoder(config: TrainConfig, backbone: Backbone, device: torch.device, pictures: int = 2) -> Encoder:
-    """The frozen encoders of the model, with the run's prompt dropout; pictures: those of a group."""
-    return Encoder(
+    """The frozen encoders of the model, with the run's prompt dropout, or its latent_cache; pictures: those of a group.
+
+    Raises ValueError for a latent_cache that does not fit.
+    """
+    encoder = Encoder(
         encode_moments=backbone.encode_moments,
         encode_prompts=backbone.encode_prompts,
         null_prompt=backbone.null_prompt(),
@@ -82,6 +87,7 @@ def new_encoder(config: TrainConfig, backbone: Backbone, device: torch.device, p
         pictures_at_once=pictures_at_once(config, pictures),
         prompts_at_once=config.train_batch_size,
     )
+    return with_store(encoder, open_store(config, backbone, pictures), not config.train_text_encoder) if config.latent_cache else encoder
 
 
 def pictures_at_once(config: TrainConfig, per_group: int = 2) -> int:
@@ -113,11 +119,20 @@ def new_source(
             first_step=first_step,
         )
 
-    if config.cache_latents:
+    if encoder.store is not None:
+        batches = StoredLatents.of(encoder.store, pixels).batches(items, encoder)
+    elif config.cache_latents:
         batches = LatentCache.build(pixels, encoder, config.train_batch_size).batches(items, encoder)
     else:
         batches = from_disk(pixels, items, encoder, config.dataloader_num_workers)
     return port.conditioned(batches) if port else batches
+
+
+def held_out_pixels(config: TrainConfig, held_out: PairDataset, grouping: Grouping, backbone: Backbone) -> PairPixels:
+    """The held-out pairs as pixels, without mirroring; lists and single pictures as pairs."""
+    groups = arranged(held_out, grouping) if grouping in ("captioned", "captions") else None
+    buckets = new_buckets(config, held_out if groups is None else groups, backbone, progress=False)
+    return PairPixels(held_out, check_resolution(config, backbone), config.seed, buckets=buckets, groups=groups)
 
 
 def held_out_accuracy(
@@ -125,15 +140,13 @@ def held_out_accuracy(
     held_out: PairDataset,
     grouping: Grouping,
     backbone: Backbone,
-    policy: Predict,
-    reference: Predict,
+    compared: tuple[Predict, Predict],
     encoder: Encoder,
     port: Port | None = None,
 ) -> HeldOut:
-    """Implicit accuracy on the held-out pairs, with their full prompts and without mirroring; lists and single pictures as pairs."""
-    groups = arranged(held_out, grouping) if grouping in ("captioned", "captions") else None
-    buckets = new_buckets(config, held_out if groups is None else groups, backbone, progress=False)
-    pixels = PairPixels(held_out, check_resolution(config, backbone), config.seed, buckets=buckets, groups=groups)
+    """Implicit accuracy of `compared`, policy and reference, on the held-out pairs with their full prompts."""
+    pixels = held_out_pixels(config, held_out, grouping, backbone)
     plain = replace(encoder, proportion_empty_prompts=0.0, prompt_cache={})
-    found = HeldOut.build(policy, reference, backbone.process, pixels, plain, config.train_batch_size)
+    make = partial(from_disk, pixels) if encoder.store is None else StoredLatents.of(encoder.store, pixels).batches
+    found = HeldOut.build(*compared, backbone.process, pixels, lambda chunks: make(chunks, plain), config.train_batch_size)
     return replace(found, batches=list(port.conditioned(found.batches, is_training=False))) if port else found

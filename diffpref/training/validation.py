@@ -5,7 +5,7 @@ Both use the weights that will be exported: the moving average or the optimizer'
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +26,7 @@ from diffpref.models.lora import adapted_parts
 from diffpref.models.pipeline import needs_picture
 from diffpref.scorers import scorer_from
 from diffpref.scorers.implicit import ImplicitReward, pair_accuracy
-from diffpref.sources.dataset import Encoder, from_disk
+from diffpref.sources.dataset import MicroBatches
 from diffpref.training.config import TrainConfig
 
 PICTURE_STEPS = 20
@@ -142,15 +142,21 @@ class HeldOut:
 
     @classmethod
     def build(
-        cls, policy: Predict, reference: Predict, process: DdpmProcess, pixels: PairPixels, encoder: Encoder, batch_size: int
+        cls,
+        policy: Predict,
+        reference: Predict,
+        process: DdpmProcess,
+        pixels: PairPixels,
+        source: Callable[[MicroBatches], Iterator[PreferenceBatch]],
+        batch_size: int,
     ) -> HeldOut:
-        """Encode the held-out pairs once; ties have no right answer and are left out.
+        """Take the held-out pairs from `source` once; ties have no right answer and are left out.
 
         policy, reference: of the bare modules, as one process alone asks them.
         """
         wanted = [i for i, p in enumerate(pixels.pairs.p0) if p != 0.5]
         chunks = pixels.chunks(wanted, batch_size)
-        return cls(ImplicitReward(policy, reference, process), list(from_disk(pixels, lambda: chunks, encoder)))
+        return cls(ImplicitReward(policy, reference, process), list(source(lambda: chunks)))
 
     def __call__(self) -> dict[str, Any]:
         gains = torch.cat([self.reward.gains(batch).cpu() for batch in self.batches])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 import torch
 
 from diffpref.training.align import align
+from diffpref.training.cache_command import build_cache
+from diffpref.training.cache_config import CacheConfig
 from diffpref.training.config import TrainConfig
 from diffpref.training.objective import build_objective
 from diffpref.training.run import Run, prepare_run
@@ -43,6 +46,28 @@ def prepared(base_settings: Settings, tmp_path: Path) -> Callable[..., Run]:
         return prepare_run(config, build_objective(recipe, {"beta": 100.0}))
 
     return make
+
+
+@pytest.mark.parametrize("recipe", ["rank_dpo", "diffusion_kto", "tdpo"])
+def test_groups_from_a_cache_on_disk_are_those_of_the_data(
+    recipe: str, lists_file: Path, prepared: Callable[..., Run], pairs_file: Path, tmp_path: Path
+) -> None:
+    own: Settings = {"train_data_dir": str(lists_file if recipe == "rank_dpo" else pairs_file)} | (EDITS if recipe == "tdpo" else {})
+    fresh = prepared(recipe, **own, label_noise_prob=0.5, flip_mode="independent", output_dir=str(tmp_path / "fresh"))
+    cached = dataclasses.replace(fresh.config, latent_cache=str(tmp_path / "cache"))
+    if recipe != "tdpo":  # which shows only the better picture of a pair
+        cached = dataclasses.replace(cached, label_noise_prob=0.0)
+    build_cache(cached, CacheConfig(), fresh.objective.groups)
+    stored = prepared(recipe, **own, label_noise_prob=0.5, flip_mode="independent", latent_cache=cached.latent_cache)
+    for _ in range(3):
+        a, b = next(fresh.source), next(stored.source)
+        assert (a.pair_ids, a.visits) == (b.pair_ids, b.visits)
+        for x, y in ((a.latents, b.latents), (a.relevance, b.relevance), (a.cond.prompt_embeds, b.cond.prompt_embeds)):
+            assert x is not None
+            assert y is not None
+            assert torch.equal(x, y)
+    fresh.log.close()
+    stored.log.close()
 
 
 @pytest.mark.parametrize("recipe", ["rank_dpo", "list_mle"])

@@ -1,0 +1,54 @@
+"""Settings of a run that contradict each other: ValueError with names, values and remedy."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # which imports this file
+    from diffpref.training.config import TrainConfig
+
+
+def check_cache(config: TrainConfig) -> None:
+    """Settings that contradict kept or stored latents."""
+    for name in ("cache_latents", "latent_cache"):
+        if not getattr(config, name):
+            continue
+        if config.random_crop:
+            raise ValueError(f"{name} is {getattr(config, name)} together with random_crop: a cached latent has one crop; drop one of them")
+        if config.dataloader_num_workers and name == "cache_latents":
+            raise ValueError(
+                f"dataloader_num_workers is {config.dataloader_num_workers}, but {name} decodes nothing while training; drop one"
+            )
+
+
+def check_hub(config: TrainConfig) -> None:
+    """Settings of the hub without an upload, and a token that trackers would store."""
+    for name in ("hub_model_id", "hub_token"):
+        if getattr(config, name) is not None and not config.push_to_hub:
+            raise ValueError(f"{name} is given, but push_to_hub is false, so that it would be ignored; add --push_to_hub, or drop it")
+    trackers = {name.strip() for name in config.report_to.split(",")} - {"none", "tensorboard"}
+    if config.hub_token is not None and trackers:
+        raise ValueError(
+            f"hub_token is given together with report_to {config.report_to!r}: such trackers store the command with the token in it; "
+            "log in with `hf auth login` or set HF_TOKEN in place of hub_token"
+        )
+
+
+def check_validation(config: TrainConfig) -> None:
+    """Scorer and early stopping need validations with something to measure."""
+    patience, by_scorer = config.early_stopping_patience, config.early_stopping_metric == "scorer"
+    if config.validation_scorer and not config.validation_steps:
+        raise ValueError(f"validation_scorer is {config.validation_scorer!r}, but nothing is validated; add validation_steps")
+    if by_scorer and patience is None:
+        raise ValueError("early_stopping_metric is scorer, but nothing stops early; add early_stopping_patience or leave it out")
+    if patience is None:
+        return
+    if not config.validation_steps:
+        raise ValueError(f"early_stopping_patience is {patience}, but nothing is validated; add validation_steps")
+    if by_scorer and not config.validation_scorer:
+        raise ValueError("early_stopping_metric is scorer, but there is none; add validation_scorer")
+    if not by_scorer and not config.held_out_pairs:
+        raise ValueError(
+            f"early_stopping_patience is {patience} and early_stopping_metric implicit_accuracy, but no pairs are held out; "
+            "add held_out_pairs, or use early_stopping_metric scorer"
+        )
