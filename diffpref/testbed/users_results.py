@@ -64,9 +64,13 @@ class UsersConfig:
     candidates: int = 8
     """Base samples per prompt, of which each user's best and worst make the pair."""
     ppd_steps: int | None = None
-    """Steps of PPD and of the one model for all users; the recipe's when not given."""
+    """Steps of PPD; the recipe's when not given."""
     separate_steps: int = 120
-    """Steps of each model of one user."""
+    """Steps of each model of one user, at the rate of the testbed's Diffusion-DPO recipe."""
+    all_steps: int = 300
+    """Steps of the one model for all users."""
+    all_learning_rate: float = 3e-4
+    """Its rate. Labels that contradict each other leave noise: at the rate of the separate models its loss rises at once."""
     num_prompts: int = 250
     """Prompts of the measurement."""
     purpose: str = "test"
@@ -124,10 +128,10 @@ def settings_of(config: UsersConfig, name: str) -> Settings:
     """The recipe of a training with what this command changes; without places on this machine."""
     recipe = read_recipe("ppd" if name == "ppd" else "diffusion_dpo")
     ours = read_recipe("ppd")
-    alone = name.startswith("separate")
-    steps = config.separate_steps if alone else config.ppd_steps or ours["max_train_steps"]
-    same = ("train_batch_size", "beta", "rank", "lora_targets", "lr_scheduler", "lr_warmup_steps", *([] if alone else ["learning_rate"]))
+    steps = {"ppd": config.ppd_steps or ours["max_train_steps"], "all": config.all_steps}.get(name, config.separate_steps)
+    same = ("train_batch_size", "beta", "lr_scheduler", "lr_warmup_steps")
     recipe |= {key: ours[key] for key in same} | {"max_train_steps": steps, "seed": config.seed, "held_out_pairs": 0}
+    recipe |= {"learning_rate": config.all_learning_rate} if name == "all" else {}
     recipe |= {"check_images": False, "validation_steps": None, "merge_lora": False, "split": "train", "checkpointing_steps": 10_000}
     for place in ("pretrained_model_name_or_path", "train_data_dir"):
         recipe.pop(place)
