@@ -5,12 +5,12 @@ Heavy imports happen inside the functions, so that a mistake in a setting is rep
 
 from __future__ import annotations
 
-import ctypes
 import os
-import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
+
+from diffpref.training.launcher import die_with_launcher, use_all_cores
 
 USAGE = """usage: diffpref COMMAND [--setting value ...]
 
@@ -18,6 +18,7 @@ USAGE = """usage: diffpref COMMAND [--setting value ...]
   cache      encode a run's pictures and prompts once; runs with --latent_cache then start at once
   generate   pictures from prompts and seeds, with a base, aligned or LoRA checkpoint
   export     a run's result for another program: kohya LoRA, merged pipeline, single file
+  inspect    what preference data holds: broken rows, duplicates, sizes, labels, scores, annotators
   label      pairs from a model's pictures, judged by scorers; or scores and labels for existing pairs
   evaluate   aligned models against their base, judged by scorers: report.html, report.json, scores.parquet
   benchmark  pictures in the layouts of GenEval, DPG-Bench, T2I-CompBench and HPDv2, and their results
@@ -52,13 +53,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(USAGE)
         return 0 if words else 2
     if words[0] in SHARED_WORK:
-        _die_with_launcher()
+        die_with_launcher()
     commands: dict[str, Callable[[list[str]], int]] = {
         "train": train,
         "cache": cache,
         "generate": generate,
         "export": export,
         "label": label,
+        "inspect": inspect,
         "evaluate": evaluate,
         "verify": verify,
         "benchmark": benchmark,
@@ -80,7 +82,7 @@ def _fail(message: str) -> int:
 
 def train(argv: list[str]) -> int:
     """Train, export, and on the testbed also compare with the base and write the report."""
-    _use_all_cores()
+    use_all_cores()
     from diffpref.training.config import TrainConfig
     from diffpref.training.settings import build, convert, names_of
 
@@ -284,10 +286,18 @@ def _scorer_of(config: Any) -> Callable[[str], Callable[..., Any]]:
 
 def train_reward_model(argv: list[str]) -> int:
     """Fit a reward model to pairs; see diffpref/training/reward_command.py."""
-    _use_all_cores()
+    use_all_cores()
     from diffpref.training.reward_command import train_reward_model as command
 
     return command(argv)
+
+
+def inspect(argv: list[str]) -> int:
+    """What preference data holds; see diffpref/labelling/inspection.py."""
+    from diffpref.labelling.inspection import InspectConfig, inspect
+
+    config = _configured(InspectConfig, argv, "inspect")
+    return 0 if config is None else inspect(config)
 
 
 def evaluate(argv: list[str]) -> int:
@@ -371,23 +381,6 @@ def _no_loading_bars() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-
-
-def _die_with_launcher() -> None:
-    """Under a launcher, ask the kernel for SIGTERM when it dies: accelerate launch does not pass signals on."""
-    if sys.platform == "linux" and ("ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
-        pr_set_pdeathsig = 1
-        ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
-
-
-def _use_all_cores() -> None:
-    """accelerate launch sets one thread for a single process on a CPU; give it the cores, unless another number was asked for."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) == 1
-    if launched and os.environ.get("OMP_NUM_THREADS") == "1":
-        import torch
-
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(cores or 1)
 
 
 def script(command: str, *fixed: str) -> int:

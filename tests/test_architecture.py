@@ -251,6 +251,7 @@ def test_library(check: Checker) -> None:
     assert not problems, "\n".join(problems)
 
 
+@pytest.mark.reliability("S1", "S3")
 @pytest.mark.parametrize("check", PYTHON_CHECKS, ids=lambda check: check.__name__)
 def test_all_python(check: Checker) -> None:
     problems = problems_in(check, python_files())

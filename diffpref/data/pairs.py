@@ -155,15 +155,22 @@ def load_pairs(
     return read_pairs(source, request, say)
 
 
-def read_pairs(source: Source, request: Request, say: Callable[[str], None] | None = None) -> PairDataset:
-    """`load_pairs` with its settings in one object."""
+def read_pairs(
+    source: Source, request: Request, say: Callable[[str], None] | None = None, stop: Callable[[str], None] | None = None
+) -> PairDataset:
+    """`load_pairs` with its settings in one object. `stop` gets the text of a BadRowsError in place of its being raised."""
     rows, layout, where = open_rows(source, request)
     if say is not None:
         say(f"data: {where}, {len(rows)} rows of the form {layout.describe()}")
     table = pair_table(rows, layout, request.ranked_pairs, request.choice_model, request.dreamlike_pairs_only)
     with kept_verdicts(table, request.check_images, request.store) as known:
         found = scan(table, request.tie_policy, request.max_samples, request.check_images, Scan(verdicts=known))
-    check_share(found)
+    try:
+        check_share(found)
+    except BadRowsError as error:
+        if stop is None:
+            raise
+        stop(str(error))
     return PairDataset(
         # what is not needed any more, and large, goes
         table=replace(table, captions=[], uids=[], users=[], problems={}, scores={}, own_captions=None, negatives=None),

@@ -156,7 +156,7 @@ def as_backbone(pipeline: DiffusionPipeline, source: str, is_turbo: bool = False
 
 @torch.no_grad()
 def check_finite(backbone: Backbone, source: str) -> None:
-    """Encode one picture and one prompt and look at the UNet's weights, before anything is trained.
+    """Encode one picture and one prompt and look at the weights of UNet and text encoders, before anything is trained.
 
     Raises ValueError naming the part whose numbers are not finite: weights that overflowed when they were cast to fp16, or a damaged
     file.
@@ -165,9 +165,11 @@ def check_finite(backbone: Backbone, source: str) -> None:
     ramp = torch.linspace(-1, 1, side).expand(1, 3, side, side)
     cond = backbone.encode_prompts(["a photograph of a cat"])
     texts = [x for x in (cond.prompt_embeds, cond.pooled_prompt_embeds) if x is not None]
+    encoders = [getattr(backbone.pipeline, name, None) for name in ("text_encoder", "text_encoder_2")]
+    encoder_weights = (p.sum() for encoder in encoders if encoder is not None for p in encoder.parameters())
     found = {
         "autoencoder": bool(torch.isfinite(backbone.encode_moments(ramp)).all()),
-        "text encoder": all(bool(torch.isfinite(x).all()) for x in texts),
+        "text encoder": all(bool(torch.isfinite(x).all()) for x in [*texts, *encoder_weights]),
         "UNet": all(bool(torch.isfinite(p.sum())) for p in backbone.denoiser.parameters()),
     }
     remedies = {

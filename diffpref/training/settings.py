@@ -63,15 +63,32 @@ def read_yaml(path: str | Path, known: Iterable[str]) -> Settings:
     """Read a flat YAML mapping of settings. Raises ValueError naming file and key for anything else."""
     names = list(known)
     try:
-        loaded = yaml.safe_load(Path(path).read_text())
+        text = Path(path).read_bytes()
     except OSError as error:
         raise ValueError(f"config {str(path)!r} cannot be read: {error.strerror}; give the path of a YAML file") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        reason = " ".join(str(error).split())
+    if len(text) > MAX_CONFIG_BYTES:
+        raise ValueError(f"config {str(path)!r} has {len(text)} bytes, at most {MAX_CONFIG_BYTES}; give a file of settings")
+    try:
+        loaded = yaml.load(text.decode(), Loader=_PlainLoader)
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        reason = " ".join(str(error).split())[:300]
         raise ValueError(f"config {str(path)!r} is not readable YAML: {reason}; write one `name: value` per line") from error
     if not isinstance(loaded, dict):
         raise ValueError(f"config {str(path)!r} holds a {type(loaded).__name__}; it must be a mapping with one `name: value` per line")
     return {canonical(str(key), names, f"config {str(path)!r}: "): value for key, value in loaded.items()}
+
+
+MAX_CONFIG_BYTES = 100_000
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe, and without aliases: a few of them expand to gigabytes."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """A node that stands where it is used."""
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("it uses an alias (*name); write the value out")
+        return super().compose_node(parent, index)
 
 
 def canonical(name: str, known: Sequence[str], place: str) -> str:
