@@ -84,6 +84,7 @@ def test_other_forms_in_archives(load: Any, pack: Pack, encode: Any, found: Any)
     assert load(pack("v.tar", votes)).user_ids == ["3"]
 
 
+@pytest.mark.reliability("S4")
 def test_hostile_samples_cost_their_rows(load: Any, pack: Pack, sample: Any, encode: Any, tmp_path: Path) -> None:
     link, hard, device = (tarfile.TarInfo(f"{key}.jpg_0") for key in ("link", "hard", "device"))
     link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
@@ -120,6 +121,7 @@ def test_empty_and_unreadable_images_cost_their_rows(load: Any, pack: Pack, samp
     assert [(entry.row, entry.kind) for entry in pairs.rejected] == [(1, "empty"), (2, "not a JPEG, PNG or WebP image")]
 
 
+@pytest.mark.reliability("D10")
 def test_a_truncated_archive_is_named(load: Any, pack: Pack, sample: Any) -> None:
     path = pack("w/train-1.tar", sample(0, "a") | sample(1, "b"))
     data = path.read_bytes()
@@ -130,6 +132,7 @@ def test_a_truncated_archive_is_named(load: Any, pack: Pack, sample: Any) -> Non
             load(path.parent)
 
 
+@pytest.mark.reliability("S4")
 def test_a_member_that_lies_about_its_size(load: Any, pack: Pack, sample: Any) -> None:
     """Too large a size leads beyond the end of the file, a negative one back to a member before it, in circles."""
     path = pack("a.tar", sample(0, "a"))
@@ -178,6 +181,7 @@ def test_the_index_is_kept_until_the_archive_changes(
     assert load(path).prompts == ["prompt 0", "prompt 2"]
 
 
+@pytest.mark.reliability("S4")
 def test_an_image_that_is_too_large_is_not_read(load: Any, pack: Pack, sample: Any) -> None:
     path = pack("a.tar", sample(0, "a") | sample(1, "b") | {"b.jpg_0": bytes(64_000_001)})
     assert [(entry.row, entry.kind) for entry in load(path).rejected] == [(1, "file too large")]

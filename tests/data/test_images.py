@@ -33,6 +33,7 @@ def _png(width: int, height: int, *extra: bytes) -> bytes:
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99, 1.0])
+@pytest.mark.reliability("D1")
 def test_truncated_files_are_refused(encode: Any, kind: str, share: float) -> None:
     data = encode(_noise(64, 48), kind)
     assert decode_image(data).size == (48, 64)
@@ -63,17 +64,20 @@ def test_pixels_damaged_inside_a_png_are_noticed(encode: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["EPS", "GIF", "TIFF", "BMP", "PPM", "ICO"])
+@pytest.mark.reliability("S5")
 def test_other_formats_are_refused(encode: Any, kind: str) -> None:
     with pytest.raises(ImageError, match="not a JPEG, PNG or WebP"):
         decode_image(encode(1, kind))
 
 
 @pytest.mark.parametrize("data", [b"no image", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"RIFF\0\0\0\0WEBP", bytes(1000)])
+@pytest.mark.reliability("D2")
 def test_bytes_that_are_no_image_are_refused(data: bytes) -> None:
     with pytest.raises(ImageError):
         decode_image(data)
 
 
+@pytest.mark.reliability("D3")
 def test_bombs_are_refused_before_decoding(encode: Any) -> None:
     bomb = encode(Image.new("RGB", (8000, 8000), "red").convert("P"))
     assert len(bomb) < 1_000_000
@@ -85,6 +89,7 @@ def test_bombs_are_refused_before_decoding(encode: Any) -> None:
 
 @pytest.mark.parametrize(("width", "height", "message"), [(12_961, 12_961, "pixels"), (20_000, 20_000, "pixels"), (100_001, 1, "side")])
 @pytest.mark.filterwarnings("error")
+@pytest.mark.reliability("D3")
 def test_headers_beyond_the_limits_are_refused(width: int, height: int, message: str) -> None:
     with pytest.raises(ImageError, match=message):
         decode_image(_png(width, height))
@@ -99,12 +104,14 @@ def test_limits_are_settable(encode: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+@pytest.mark.reliability("D3")
 def test_animations_are_refused(encode: Any, kind: str) -> None:
     data = encode(_noise(8, 8), kind, save_all=True, append_images=[_noise(8, 8, 1), _noise(8, 8, 2)])
     with pytest.raises(ImageError, match=r"^several frames: 3"):
         decode_image(data)
 
 
+@pytest.mark.reliability("D3")
 def test_text_chunk_bomb_is_refused() -> None:
     text = _chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000), 1))
     with pytest.raises(ImageError, match="broken header"):
@@ -123,6 +130,7 @@ def test_rgb_passes_unchanged(encode: Any) -> None:
     assert np.array_equal(np.asarray(decode_image(encode(image))), np.asarray(image))
 
 
+@pytest.mark.reliability("D4")
 def test_cmyk_becomes_rgb(encode: Any) -> None:
     pixel = decode_image(encode(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG", quality=100)).getpixel((4, 4))
     assert np.abs(np.subtract(pixel, (255, 0, 0))).max() <= 3
@@ -135,6 +143,7 @@ def test_transparency_is_composited_onto_white(encode: Any) -> None:
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(200, 0, 0), (204, 204, 204)]
 
 
+@pytest.mark.reliability("D4")
 def test_palette_transparency_is_composited_onto_white(encode: Any) -> None:
     image = Image.new("P", (2, 1))
     image.putpalette([10, 20, 30, 0, 0, 0])
@@ -149,6 +158,7 @@ def test_key_colour_transparency_of_grey(encode: Any) -> None:
     assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [(7, 7, 7), (255, 255, 255)]
 
 
+@pytest.mark.reliability("D4")
 def test_16_bit_grey_is_scaled_to_8(encode: Any) -> None:
     values = np.array([[0, 257, 128 * 257, 65_535]], dtype=np.uint16)
     decoded = np.asarray(decode_image(encode(Image.fromarray(values))))
@@ -165,6 +175,7 @@ def test_grey_and_1_bit(encode: Any, mode: str) -> None:
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.reliability("D4")
 def test_exif_orientation_is_applied(encode: Any, orientation: int) -> None:
     shown = np.asarray(_noise(3, 5))
     undo = {
@@ -265,6 +276,7 @@ def test_flip_mirrors_what_is_shown_and_its_offsets() -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(30, 47), (90, 33), (128, 64), (5, 9)])
+@pytest.mark.reliability("D5")
 def test_equals_resize_then_centre_crop(height: int, width: int) -> None:
     image, size = _noise(height, width), 24
     short = min(height, width)

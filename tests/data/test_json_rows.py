@@ -80,6 +80,7 @@ def test_nothing_is_read_before_it_is_used(load: Any, put: Any, rows: Any, tmp_p
 
 
 @pytest.mark.parametrize("check_images", [True, False])
+@pytest.mark.reliability("S4")
 def test_paths_that_lead_out_cost_their_rows(load: Any, put: Any, rows: Any, check_images: bool) -> None:
     put("secret.png", b"secret")
     names: list[Any] = [
@@ -101,6 +102,7 @@ def test_paths_that_lead_out_cost_their_rows(load: Any, put: Any, rows: Any, che
     assert {entry.column for entry in pairs.rejected} == {"jpg_1"}
 
 
+@pytest.mark.reliability("S4")
 def test_links_and_empty_files_cost_their_rows(load: Any, put: Any, rows: Any, tmp_path: Path) -> None:
     (tmp_path / "j/images/link.png").symlink_to("/etc/hostname")
     put("j/images/empty.png", b"")
@@ -132,6 +134,7 @@ def test_values_of_the_wrong_type_cost_their_rows(load: Any, put: Any, rows: Any
     assert kinds == [*wanted, "not a string"]
 
 
+@pytest.mark.reliability("D8")
 def test_absurd_captions_cost_their_rows(load: Any, put: Any, rows: Any) -> None:
     text = '{"prompt": "\\ud800", ' + json.dumps(rows[1])[1:].replace('"prompt"', '"x"')
     long = rows[2] | {"prompt": "x" * 10_001}

@@ -93,6 +93,7 @@ def test_flip_is_shared_and_optional(pairs: PairDataset) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 1])
+@pytest.mark.reliability("D11")
 def test_a_damaged_image_is_named(make_columns: Any, num_workers: int) -> None:
     uids = {"image_0_uid": ["a"], "image_1_uid": ["b"]}
     pairs = load_pairs(pa.table(make_columns(1, jpg_1=[b"x"], **uids)), check_images=False)

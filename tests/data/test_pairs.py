@@ -72,6 +72,7 @@ def test_fingerprint_follows_ids_and_labels(load: Any, make_columns: Any) -> Non
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.99])
+@pytest.mark.reliability("D1")
 def test_truncated_image_costs_its_row(load: Any, make_columns: Any, encode: Any, kind: str, share: float) -> None:
     data = encode(77, kind)
     columns = _replaced(make_columns(4), "jpg_1", 1, data[: int(len(data) * share)])
@@ -81,6 +82,7 @@ def test_truncated_image_costs_its_row(load: Any, make_columns: Any, encode: Any
     assert pairs.row(1).image_1 == columns["jpg_1"][2]
 
 
+@pytest.mark.reliability("D2")
 def test_hostile_images_cost_their_rows(load: Any, make_columns: Any, encode: Any, tmp_path: Path) -> None:
     values = [None, b"", b"text", encode(1, "EPS"), encode(1, "GIF"), encode(1, "TIFF")]
     values.append(encode(Image.new("1", (8000, 8000))))
@@ -94,6 +96,7 @@ def test_hostile_images_cost_their_rows(load: Any, make_columns: Any, encode: An
     assert len(lines) == 7
 
 
+@pytest.mark.reliability("D7")
 def test_identical_images_are_no_preference(load: Any, make_columns: Any) -> None:
     columns = make_columns(3)
     pairs = load(_replaced(columns, "jpg_1", 2, columns["jpg_0"][2]))
@@ -126,11 +129,13 @@ def test_image_feature_is_read_as_stored(load: Any, make_columns: Any, write_par
         assert load(source).row(1).image_1 == columns["jpg_1"][1]
 
 
+@pytest.mark.reliability("D2")
 def test_images_of_the_wrong_type(load: Any, make_columns: Any) -> None:
     with pytest.raises(BadRowsError, match="not bytes: str"):
         load(make_columns(2, jpg_0=["/etc/passwd", "b.png"]))
 
 
+@pytest.mark.reliability("D7")
 def test_invalid_labels_cost_their_rows(load: Any, make_columns: Any) -> None:
     label_0 = [1.0, None, float("nan"), 2.0, 1.0, float("inf"), -0.1, 0.3]
     label_1 = [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 1.1, 0.7]
@@ -141,6 +146,7 @@ def test_invalid_labels_cost_their_rows(load: Any, make_columns: Any) -> None:
 
 
 @pytest.mark.parametrize("label", [True, False, "left", "1.0", None, float("nan"), 2, -1, [1.0]])
+@pytest.mark.reliability("D7")
 def test_labels_that_are_no_probability(label: object) -> None:
     assert label_problem(label)
 
@@ -158,6 +164,7 @@ def test_label_columns_of_the_wrong_type(load: Any, make_columns: Any, labels: l
         load(make_columns(2, label_0=labels))
 
 
+@pytest.mark.reliability("D7")
 def test_ties(load: Any, make_columns: Any) -> None:
     columns = make_columns(4, label_0=[1.0, 0.5, 0.0, 0.5], label_1=[0.0, 0.5, 1.0, 0.5])
     dropped, kept = load(columns), load(columns, tie_policy="keep")
@@ -171,6 +178,7 @@ def test_ties(load: Any, make_columns: Any) -> None:
         load({name: values[1:2] for name, values in columns.items()})
 
 
+@pytest.mark.reliability("D8")
 def test_captions(load: Any, make_columns: Any) -> None:
     captions = ["ok", None, "", "  \n", "x" * 10_000, "x" * 10_001, "<b>\x07 \N{CAT}"]
     pairs = load(make_columns(7, caption=captions))
@@ -180,6 +188,7 @@ def test_captions(load: Any, make_columns: Any) -> None:
         load(make_columns(1, caption=[["a"]]))
 
 
+@pytest.mark.reliability("D6")
 def test_missing_columns_name_the_nearest(load: Any, make_columns: Any, write_parquet: Any) -> None:
     columns = make_columns(2)
     columns["captions"] = columns.pop("caption")
@@ -207,6 +216,7 @@ def test_columns_are_mapped_by_the_settings_of_a_run(load: Any, make_columns: An
         assert pairs.pair_ids == load(columns).pair_ids
 
 
+@pytest.mark.reliability("D6")
 def test_wrong_column_settings(load: Any, make_columns: Any) -> None:
     with pytest.raises(ValueError, match=r"user_column is 'users', which is no column of the dataset"):
         load(make_columns(1), user_column="users")
@@ -226,6 +236,7 @@ def test_one_label_column_is_enough(load: Any, make_columns: Any) -> None:
     assert [(entry.row, entry.kind) for entry in pairs.rejected] == [(1, "outside [0, 1]")]
 
 
+@pytest.mark.reliability("D9")
 def test_zero_rows_and_one_row(load: Any, make_columns: Any, write_parquet: Any) -> None:
     assert len(load(write_parquet(make_columns(1), "one.parquet"))) == 1
     empty = pa.table(make_columns(1)).slice(0, 0)
@@ -233,6 +244,7 @@ def test_zero_rows_and_one_row(load: Any, make_columns: Any, write_parquet: Any)
         load(empty)
 
 
+@pytest.mark.reliability("D13")
 def test_bad_share_limit(load: Any, make_columns: Any) -> None:
     columns = make_columns(12, jpg_0=[b"x"] * 10 + make_columns(12)["jpg_0"][10:])
     assert len(load(columns).rejected) == 10
@@ -294,6 +306,7 @@ def test_a_selected_dataset_keeps_its_selection(load: Any, make_columns: Any) ->
     assert pairs.row(0).image_0 == columns["jpg_0"][3]
 
 
+@pytest.mark.reliability("D10")
 def test_damaged_parquet_is_named(load: Any, make_columns: Any, write_parquet: Any) -> None:
     write_parquet(make_columns(2), "p/train-0.parquet")
     path = write_parquet(make_columns(40), "p/train-1.parquet")

@@ -65,6 +65,7 @@ def test_resuming_is_starting_at_a_step() -> None:
     assert rest == whole[8:]
 
 
+@pytest.mark.reliability("D9")
 def test_a_batch_may_exceed_the_data() -> None:
     items = PairSampler(1, seed=0).micro_batch(0, 0, 0, batch_size=3, accumulation=1, world_size=1)
     assert items == [(0, 0), (0, 1), (0, 2)]

@@ -30,6 +30,7 @@ LEADING_OUT = [
 
 
 @pytest.mark.parametrize(("name", "kind"), LEADING_OUT)
+@pytest.mark.reliability("S4")
 def test_names_that_no_image_may_have(name: object, kind: str, tmp_path: Path) -> None:
     (tmp_path / "x.png").write_bytes(b"secret")
     assert str(path_problem(name)).split(":", 1)[0] == kind
@@ -47,6 +48,7 @@ def test_files_below_the_folder_are_read(tmp_path: Path) -> None:
     assert FileImage((tmp_path / "no", tmp_path / "data"), "x.png").read() == b"x"
 
 
+@pytest.mark.reliability("S4")
 def test_links_out_of_the_folder_are_not_followed(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()

@@ -85,6 +85,7 @@ def test_data_page_and_markdown_hold_the_same_numbers(report: ModelReport, tmp_p
     assert "Training" in page
 
 
+@pytest.mark.reliability("S13")
 def test_hostile_prompts_stay_text(report: ModelReport) -> None:
     page = render(report, picture, 100)
     assert "<script>alert" not in page

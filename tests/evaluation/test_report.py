@@ -126,6 +126,7 @@ def test_a_value_json_cannot_hold_is_refused() -> None:
         as_json(report(settings={"folder": Path("x")}))
 
 
+@pytest.mark.reliability("S13")
 def test_all_text_is_escaped(tmp_path: Path) -> None:
     pixels = np.zeros((8, 8, 3), np.uint8)
     page, _ = written(

@@ -26,7 +26,7 @@ def test_two_runs_are_the_same_run(trainer: Trainer, whole: str, tmp_path: Path)
     assert trainer.result(tmp_path / "run") == whole
 
 
-@pytest.mark.reliability("R3")
+@pytest.mark.reliability("R3", "R9")
 def test_killed_in_every_phase_of_a_save(make_trainer: Callable[..., Trainer], whole: str, tmp_path: Path, tried: Tried) -> None:
     """One run, killed at each of its saves in another phase; at most one checkpoint is kept, so that the one before must survive (R9)."""
     trainer = make_trainer(checkpoints_total_limit=1)

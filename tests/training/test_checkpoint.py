@@ -150,6 +150,7 @@ DAMAGES = [truncate, flip_a_bit, lose_the_manifest, break_the_manifest, lose_a_f
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.reliability("R7")
 def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage: Callable[[Path], None], tmp_path: Path) -> None:
     save(tmp_path, 1)
     damage(save(tmp_path, 2))
@@ -162,6 +163,7 @@ def test_a_damaged_checkpoint_is_set_aside_for_the_one_before(damage: Callable[[
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
+@pytest.mark.reliability("R8")
 def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(damage: Callable[[Path], None], tmp_path: Path) -> None:
     for step in (1, 2):
         damage(save(tmp_path, step))
@@ -186,6 +188,7 @@ def test_an_empty_folder_has_nothing_to_resume(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path, "latest") == (None, [])
 
 
+@pytest.mark.reliability("R13")
 def test_another_format_is_refused(tmp_path: Path) -> None:
     folder = save(tmp_path, 1)
     path = folder / "trainer_state.json"
@@ -226,6 +229,7 @@ def test_too_little_space_is_known_before_anything_is_written(tmp_path: Path, mo
     assert names(tmp_path) == []
 
 
+@pytest.mark.reliability("N4")
 def test_a_tensor_that_is_not_finite_is_never_saved(tmp_path: Path) -> None:
     with pytest.raises(FloatingPointError, match="weights a"):
         save_checkpoint(tmp_path, 1, {"weights": {"a": torch.tensor([1.0, float("nan")])}}, {}, None)
@@ -252,6 +256,7 @@ def test_weights_and_moments_come_back_into_the_same_parameters() -> None:
     assert all(torch.equal(x, saved["optimizer"][key]) for key, x in optimizer_tensors(other, fresh).items())
 
 
+@pytest.mark.reliability("R12")
 def test_a_checkpoint_of_another_model_is_refused() -> None:
     named, optimizer = trained()
     saved = {"weights": {n: p.detach() for n, p in named.items()}, "optimizer": {}}
@@ -309,6 +314,7 @@ def test_resuming_with_another_number_of_pairs_per_update_is_refused(prepare: St
 
 
 @pytest.mark.parametrize("change", [{"learning_rate": 1e-4}, {"seed": 5}, {"beta": 7.0}, {"rank": 3}])
+@pytest.mark.reliability("R11")
 def test_resuming_with_other_settings_is_refused(change: dict[str, Any], prepare: Start, run_training: Go) -> None:
     run_training("run", max_train_steps=1)
     with pytest.raises(ValueError, match=rf"{next(iter(change))}: .* -> {next(iter(change.values()))}"):

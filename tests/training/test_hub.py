@@ -78,6 +78,7 @@ def error_of(capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().err.strip().splitlines()[-1]
 
 
+@pytest.mark.reliability("S9")
 def test_a_run_is_uploaded_and_its_token_is_nowhere(
     fake: FakeHub, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -132,6 +133,7 @@ def test_a_repository_that_cannot_be_created_stops_the_run_early(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.reliability("H2")
 def test_a_failed_upload_keeps_the_model_and_says_how_to_repeat_it(
     fake: FakeHub, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -150,6 +152,7 @@ def test_a_run_without_push_asks_for_nothing(fake: FakeHub, train: Callable[...,
 
 
 @pytest.mark.parametrize("trackers", ["wandb", "tensorboard,wandb", "all", "comet_ml"])
+@pytest.mark.reliability("S9")
 def test_trackers_that_store_the_command_get_no_token(trackers: str) -> None:
     with pytest.raises(ValueError, match=f"report_to '{trackers}'.*HF_TOKEN") as caught:
         TrainConfig(push_to_hub=True, hub_token=TOKEN, report_to=trackers)

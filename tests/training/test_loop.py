@@ -38,6 +38,7 @@ def assert_same(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
 
 @pytest.mark.parametrize("tune", ["lora", "full"])
 @pytest.mark.parametrize("family", ["sd", "sd_v", "sdxl"])
+@pytest.mark.reliability("N5")
 def test_the_first_loss_is_log_two(
     tune: str, family: str, request: pytest.FixtureRequest, run_training: Go, read_metrics: Metrics, read_state: State
 ) -> None:
@@ -211,6 +212,7 @@ class Faulty:
 
 
 @pytest.mark.parametrize("fault", ["nan loss", "infinite loss", "nan gradient"])
+@pytest.mark.reliability("N1")
 def test_a_bad_update_is_skipped_and_reported(
     fault: str, prepare: Start, read_metrics: Metrics, read_state: State, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -233,6 +235,7 @@ def test_a_bad_update_is_skipped_and_reported(
         assert pairs.pair_ids[index] in told[0]
 
 
+@pytest.mark.reliability("N2")
 def test_three_bad_updates_in_a_row_end_the_run(prepare: Start, read_state: State) -> None:
     run = prepare("run", checkpointing_steps=1)
     run.objective = replace(run.objective, method=Faulty(run.objective.method, {2, 4, 5, 6}, "nan loss"))
@@ -244,6 +247,7 @@ def test_three_bad_updates_in_a_row_end_the_run(prepare: Start, read_state: Stat
     assert_same(read_state(run.folder, 3), read_state(run.folder, 5))
 
 
+@pytest.mark.reliability("N5")
 def test_a_policy_that_differs_from_its_reference_is_refused(prepare: Start) -> None:
     run = prepare("run", tune="full")
     with torch.no_grad():
