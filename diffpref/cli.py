@@ -99,7 +99,7 @@ def train(argv: list[str]) -> int:
 
 def cache(argv: list[str]) -> int:
     """Encode the pictures and prompts of a run into its latent_cache; see diffpref/training/latent_cache.py."""
-    _use_all_cores()
+    use_all_cores()
     from diffpref.training.cache_config import CacheConfig
     from diffpref.training.config import TrainConfig
     from diffpref.training.settings import build, help_text, names_of, parse_flags, split_flags
