@@ -37,6 +37,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from diffpref.methods import METHODS
 from diffpref.methods.recipes import RECIPES
 from diffpref.models.configs import FAMILIES, new_part, new_pipeline, shapes
 from diffpref.models.lora import ATTENTION, LORA_FILE
@@ -173,7 +174,8 @@ def settings(args: argparse.Namespace, model: Path, pairs: Path, folder: Path) -
         resolution=args.resolution,
         rank=args.rank,
         max_train_steps=args.steps,
-        train_batch_size=args.pairs,
+        train_batch_size=max(args.pairs, getattr(METHODS[RECIPES[args.method].method], "least_images", 1)),
+        caption_edits=("red green",) if RECIPES[args.method].groups in ("captioned", "captions") else (),
         gradient_accumulation_steps=1,
         optimizer=args.optimizer,
         learning_rate=1e-4,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,25 @@ def logistic(logit: Tensor, probability: Tensor) -> Tensor:
 def mixed(link: Link, logit: Tensor, probability: Tensor) -> Tensor:
     """The expected loss of an uncertain label: p link(z) + (1 - p) link(-z). Shapes as in `logistic`."""
     return probability * link(logit) + (1 - probability) * link(-logit)
+
+
+LinkName = Literal["sigmoid", "hinge", "ipo"]
+"""Links that any loss on a pair's logit can wear."""
+
+
+def link_of(name: LinkName, beta: float) -> Link:
+    """A link by its name: -log sigmoid(z), `hinge` or `ipo`. beta: of the method that made the logit, see `ipo`."""
+    match name:
+        case "sigmoid":
+            return _negative_log_sigmoid
+        case "hinge":
+            return hinge
+        case "ipo":
+            return partial(ipo, beta=beta)
+
+
+def _negative_log_sigmoid(logit: Tensor) -> Tensor:
+    return F.softplus(-logit)
 
 
 def hinge(logit: Tensor) -> Tensor:

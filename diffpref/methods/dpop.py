@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch.nn.functional as F
 
+from diffpref.core.links import LinkName, link_of
 from diffpref.core.rewards import implicit_rewards, soft_label
 from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
 
@@ -30,6 +31,8 @@ class DPOP:
 
     beta: float = 5000.0
     """Inverse temperature on half the mean squared error difference; larger keeps the policy closer to the reference."""
+    loss_type: LinkName = "sigmoid"
+    """Link from the penalised margin to the loss."""
     penalty: float = 1.0
     """Weight of the chosen image's loss against the reference; 0 is Diffusion-DPO."""
 
@@ -44,5 +47,6 @@ class DPOP:
         reward, metrics = implicit_rewards(evals, 0.5 * self.beta)
         worse = F.relu(-reward)  # (G, 2), in units of the logit
         margin, label = reward[:, 0] - reward[:, 1], soft_label(batch)
-        forward, backward = (F.softplus(-(m - self.penalty * w)) for m, w in ((margin, worse[:, 0]), (-margin, worse[:, 1])))
+        link = link_of(self.loss_type, self.beta)
+        forward, backward = (link(m - self.penalty * w) for m, w in ((margin, worse[:, 0]), (-margin, worse[:, 1])))
         return LossOutput(label * forward + (1 - label) * backward, metrics | {"dpop/penalty": worse[:, 0].detach().mean()})

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from diffpref.core.links import logistic
+from diffpref.core.links import LinkName, link_of, mixed
 from diffpref.core.rewards import implicit_rewards, soft_label
 from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
 
@@ -31,6 +31,8 @@ class InversionDPO:
 
     beta: float = 2000.0
     """Inverse temperature on half the weighted mean over the trajectory; larger keeps the policy closer to the reference."""
+    loss_type: LinkName = "sigmoid"
+    """Link from z to the loss."""
     sign: Literal["paper", "official"] = "paper"
     """Fit the chosen trajectories and leave the rejected ones, or the reverse, as the released code does."""
 
@@ -47,4 +49,4 @@ class InversionDPO:
     def loss(self, batch: PreferenceBatch, evals: Sequence[Evaluation]) -> LossOutput:
         """Loss (G,) of pairs, chosen image first."""
         reward, metrics = implicit_rewards(evals, 0.5 * self.beta * (1 if self.sign == "paper" else -1))
-        return LossOutput(logistic(reward[:, 0] - reward[:, 1], soft_label(batch)), metrics)
+        return LossOutput(mixed(link_of(self.loss_type, self.beta), reward[:, 0] - reward[:, 1], soft_label(batch)), metrics)

@@ -16,10 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
-from torch import Tensor
-
-from diffpref.core.links import logistic
+from diffpref.core.links import LinkName, link_of, mixed
 from diffpref.core.noisy_labels import label_confidence
 from diffpref.core.rewards import implicit_rewards, soft_label
 from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
@@ -35,6 +32,8 @@ class LCPO:
 
     beta: float = 5000.0
     """Inverse temperature on half the mean squared error difference; larger keeps the policy closer to the reference."""
+    loss_type: LinkName = "sigmoid"
+    """Link l from z to the loss; in the equations above l(z) = -log sigmoid(z), and p = exp(-l(z)) / (exp(-l(z)) + exp(-l(-z)))."""
     reliability: float = 0.9
     """Probability that a label is right at the start, in (0.5, 1); lower filters more pairs."""
     reliability_decay: float = 0.99
@@ -58,10 +57,7 @@ class LCPO:
         logit, label = reward[:, 0] - reward[:, 1], soft_label(batch)
         given = batch.scores.get("reliability")
         reliability = self.reliability if given is None else given[:, 0]
-        right, wrong = (label_confidence(_plain, z, reliability) for z in (logit, -logit))
+        link = link_of(self.loss_type, self.beta)
+        right, wrong = (label_confidence(link, z, reliability) for z in (logit, -logit))
         probability = label * right + (1 - label) * (1 - wrong)
-        return LossOutput(logistic(logit, probability), metrics | {"lcpo/confidence": right.mean()}, label * right + (1 - label) * wrong)
-
-
-def _plain(logit: Tensor) -> Tensor:
-    return F.softplus(-logit)
+        return LossOutput(mixed(link, logit, probability), metrics | {"lcpo/confidence": right.mean()}, label * right + (1 - label) * wrong)

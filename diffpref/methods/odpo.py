@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from diffpref.core.links import logistic
+from diffpref.core.links import LinkName, link_of, mixed
 from diffpref.core.rewards import implicit_rewards, soft_label
 from diffpref.core.scores import named_score
 from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
@@ -30,6 +30,8 @@ class ODPO:
 
     beta: float = 5000.0
     """Inverse temperature on half the mean squared error difference; larger keeps the policy closer to the reference."""
+    loss_type: LinkName = "sigmoid"
+    """Link from the offset z to the loss."""
     alpha: float = 1.0
     """Logits of margin per unit of score gap; 0 is Diffusion-DPO. Choose it so that a typical gap gives about 1."""
     score: str = "score"
@@ -46,5 +48,5 @@ class ODPO:
         reward, metrics = implicit_rewards(evals, 0.5 * self.beta)
         score = named_score(batch, self.score, "method odpo").to(reward.dtype)
         offset = self.alpha * (score[:, 0] - score[:, 1])
-        loss = logistic(reward[:, 0] - reward[:, 1] - offset, soft_label(batch))
+        loss = mixed(link_of(self.loss_type, self.beta), reward[:, 0] - reward[:, 1] - offset, soft_label(batch))
         return LossOutput(loss, metrics | {"odpo/offset": offset.mean()})

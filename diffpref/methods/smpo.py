@@ -1,6 +1,6 @@
 """SmPO (Lu et al., 2025, arXiv:2506.02698): the margin is scaled by how sure the preference is.
 
-    loss = -log sigmoid(z),   z = beta/2 * gamma * (2p - 1) * (r_chosen - r_rejected)
+    loss = -log sigmoid(z), or another link of z,   z = beta/2 * gamma * (2p - 1) * (r_chosen - r_rejected)
     r    = ||eps_ref - e||^2 - ||eps_theta - e||^2              mean over (C, h, w); e implied by the inverted x_t
     p    = exp(n_chosen) / (exp(n_chosen) + exp(n_rejected)),   n = (score - low) / (high - low)
 
@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from diffpref.core.links import LinkName, link_of
 from diffpref.core.rewards import implicit_rewards, soft_label
 from diffpref.core.scores import named_score, smoothed_probability
 from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
@@ -38,6 +38,8 @@ class SmPO:
     """Inverse temperature on half the mean squared error difference, before smoothing; the authors use 2000 on SD1.5, 5000 on SDXL."""
     gamma: float = 10.0
     """Multiplies 2p - 1; with gamma 1 and p 1 the loss is Diffusion-DPO's."""
+    loss_type: LinkName = "sigmoid"
+    """Link from z to the loss."""
     score: str | None = "pickscore"
     """Scorer whose scores give p; none for the probability of the label, which then has to be a soft one."""
     score_min: float | None = None
@@ -59,8 +61,8 @@ class SmPO:
         """Loss (G,) of pairs. Raises ValueError when the batch lacks the scores."""
         reward, metrics = implicit_rewards(evals, 0.5 * self.beta)
         coefficient = self.gamma * (2 * self.probability(batch) - 1)
-        loss = F.softplus(-coefficient.to(reward.dtype) * (reward[:, 0] - reward[:, 1]))
-        return LossOutput(loss, metrics | {"smpo/coefficient": coefficient.abs().mean()})
+        logit = coefficient.to(reward.dtype) * (reward[:, 0] - reward[:, 1])
+        return LossOutput(link_of(self.loss_type, self.beta)(logit), metrics | {"smpo/coefficient": coefficient.abs().mean()})
 
     def probability(self, batch: PreferenceBatch) -> Tensor:
         """Smoothed probability (G,) that the first image is the better one."""

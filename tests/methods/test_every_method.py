@@ -90,6 +90,11 @@ FORMS = {
     "mapo_per_timestep": Form("mapo", {"snr": 2e-3, "snr_mode": "per_timestep"}),
     "odpo": Form("odpo", {"beta": 2.0}, at_reference=margin_asked),
     "rank_dpo": Form("rank_dpo", {"beta": 2.0}, 3, rank_weights),
+    "dpop_hinge": Form("dpop", {"beta": 0.5, "loss_type": "hinge"}, at_reference=constant(1.0)),
+    "inversion_hinge": Form("inversion_dpo", {"beta": 0.5, "loss_type": "hinge"}, at_reference=constant(1.0)),
+    "lcpo_ipo": Form("lcpo", {"beta": 2.0, "loss_type": "ipo"}, at_reference=constant(1 / 16)),
+    "odpo_ipo": Form("odpo", {"beta": 2.0, "alpha": 0.0, "loss_type": "ipo"}, at_reference=constant(1 / 16)),
+    "smpo_hinge": Form("smpo", {"beta": 0.5, "gamma": 1.0, "score": None, "loss_type": "hinge"}, at_reference=constant(1.0)),
     "sft": Form("sft", images=1, at_reference=own_error),
     "smpo": Form("smpo", {"beta": 2.0, "gamma": 1.0, "score": None}, at_reference=constant(LOG_TWO)),
     "smpo_scores": Form(
@@ -171,7 +176,7 @@ def test_gradient_reaches_the_policy_and_not_the_reference(name: str, random_cas
     assert reference.grad is None
 
 
-@pytest.mark.parametrize("name", [n for n, form in FORMS.items() if not form.of_batch and n != "lcpo"])
+@pytest.mark.parametrize("name", [n for n, form in FORMS.items() if not form.of_batch and form.method != "lcpo"])
 def test_a_small_step_against_the_gradient_lowers_the_loss(name: str, random_case: Callable[..., Case]) -> None:
     # Left out are losses of which a part follows the policy without gradient.
     method, case = instance(name), random_case(3, FORMS[name].images)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
@@ -18,7 +19,9 @@ from diffpref.methods.diffusion_dpo import DiffusionDPO
 from diffpref.methods.recipes import RECIPES
 from diffpref.training.align import align
 from diffpref.training.config import TrainConfig
+from diffpref.training.loop import train
 from diffpref.training.objective import Objective, as_objective, build_objective, objective_names
+from diffpref.training.run import prepare_run
 
 Settings = dict[str, Any]
 SMALL = {"num_steps": 2, "score": None}
@@ -134,3 +137,27 @@ def test_a_constant_score_is_refused(base_settings: Settings, pairs_file: Path, 
     settings = base_settings | {"train_data_dir": str(scored(pairs_file, tmp_path)), "output_dir": str(tmp_path / "run")}
     with pytest.raises(ValueError, match=r"'flat' are 1\.0 for every image"):
         align(TrainConfig(**settings), build_objective("smpo", {"score": "flat"}))
+
+
+def test_without_a_reference_none_is_built_or_asked(base_settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise AssertionError("MaPO has no reference")
+
+    for name in ("adapter_off", "frozen", "stored"):
+        monkeypatch.setattr(f"diffpref.training.run.{name}", refuse)
+    monkeypatch.setattr("diffpref.training.models.copy", SimpleNamespace(deepcopy=refuse))
+    asked: list[bool] = []
+    for tune in ("lora", "full"):
+        settings = base_settings | {"max_train_steps": 1, "tune": tune, "output_dir": str(tmp_path / tune), "method": "mapo"}
+        run = prepare_run(TrainConfig(**settings), build_objective("mapo", {}))
+        assert run.reference is None
+        policy = run.policy
+
+        def watched(x_t: torch.Tensor, t: torch.Tensor, cond: Any, policy: Any = policy) -> torch.Tensor:
+            asked.append(torch.is_grad_enabled())
+            return policy(x_t, t, cond)  # type: ignore[no-any-return]
+
+        run.policy = watched
+        train(run)
+        run.log.close()
+    assert asked == [True, True]  # one forward pass per update, none without a graph

@@ -29,6 +29,8 @@ from diffpref.training.run import prepare_run
 
 Settings = dict[str, Any]
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train.py"
+TRAJECTORY = {"num_steps": 2, "guidance_scale": 1.0, "beta": 100.0}
+"""Two steps per pair: the backward pass of two ranks then has to average once, at the last one."""
 EVERYTHING = {
     "method": "lcpo",
     "curriculum_stages": 2,
@@ -145,7 +147,9 @@ def go(base_settings: Settings, scored_file: Path, tmp_path: Path) -> Callable[.
 
     def run(name: str, **settings: Any) -> Path:
         given = base_settings | {"train_data_dir": str(scored_file), "output_dir": str(tmp_path / name), "max_train_steps": 4} | settings
-        return align(TrainConfig(**given), build_objective(given.get("method", "diffusion_dpo"), {"beta": 100.0})).folder
+        way = given.pop("path", None)
+        objective = build_objective(given.get("method", "diffusion_dpo"), TRAJECTORY if way else {"beta": 100.0}, way)
+        return align(TrainConfig(**given), objective).folder
 
     return run
 
@@ -173,18 +177,27 @@ def test_a_reference_that_is_copied_every_step_is_the_policy_before_it(go: Calla
     assert losses == pytest.approx([np.log(2)] * 2, abs=1e-5)  # the reference has caught up at every step
 
 
-def test_two_ranks_learn_what_one_does(go: Callable[..., Path], base_settings: Settings, scored_file: Path, tmp_path: Path) -> None:
-    one = state_of(go("one", **EVERYTHING, gradient_accumulation_steps=2), 4)
+def test_two_ranks_learn_what_one_does_on_whole_trajectories(
+    go: Callable[..., Path], base_settings: Settings, scored_file: Path, tmp_path: Path
+) -> None:
+    one = state_of(go("one", **EVERYTHING, gradient_accumulation_steps=2, path="trajectory"), 4)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     given = (
-        base_settings | EVERYTHING | {"train_data_dir": scored_file, "output_dir": tmp_path / "two", "max_train_steps": 4, "beta": 100.0}
+        base_settings
+        | EVERYTHING
+        | TRAJECTORY
+        | {"train_data_dir": scored_file, "output_dir": tmp_path / "two", "max_train_steps": 4, "path": "trajectory"}
     )
     words = [f"--{name}={str(value).lower() if isinstance(value, bool) else value}" for name, value in given.items()]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(port)]
     done = subprocess.run([*launcher, str(SCRIPT), *words], capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     two = state_of(tmp_path / "two", 4)
-    torch.testing.assert_close(two.pop("reliability/eta"), one.pop("reliability/eta"), rtol=1e-12, atol=0)
-    assert different(one, two) == []
+    assert one.keys() == two.keys()
+    torch.testing.assert_close(two["reliability/eta"], one["reliability/eta"], rtol=1e-7, atol=0)
+    moved = [name for name in one if name.startswith(("weights/", "reference/"))]
+    assert max(float(one[name].abs().max()) for name in moved if "lora_B" in name) > 1e-2
+    for name in moved:  # the steps of a pair are summed in another order, so that only rounding may differ
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-4)
