@@ -118,7 +118,8 @@ class Trainer:
 
         def end() -> Outcome:
             code = process.wait()
-            return Outcome(code, Path(f"{log}.err").read_text(errors="replace"), time.monotonic() - begun)
+            told = Path(f"{log}.err")  # missing when the process was killed before it began
+            return Outcome(code, told.read_text(errors="replace") if told.exists() else "", time.monotonic() - begun)
 
         return process, end
 
