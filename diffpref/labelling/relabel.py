@@ -110,6 +110,7 @@ def write_labels(
         "labels_changed": int((np.sign(labels - 0.5) != np.sign(human - 0.5)).sum()),
         "accuracy": {name: accuracy_with_interval(x, human) for name, x in scores.items()},
         "agreement_between_scorers": agreement(scores),
+        "score_range": {name: [float(x.min()), float(x.max())] for name, x in scores.items()},
     }
 
 

@@ -17,7 +17,7 @@ class TrainConfig:
     """Everything but the method's own hyper-parameters, which live in its class."""
 
     method: str = "diffusion_dpo"
-    """Training objective: diffusion_dpo or sft."""
+    """Recipe that is trained: a loss, the path to its noisy latents and the guards it wears; --help lists them."""
 
     pretrained_model_name_or_path: str | None = None
     """Base model of the SD or SDXL family: a diffusers folder, a hub id or a single .safetensors checkpoint."""
