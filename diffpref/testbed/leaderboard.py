@@ -146,7 +146,7 @@ def _data_of(config: LeaderboardConfig, protocol: Protocol, method: str, regime:
 
 def _work(run: Run, config: LeaderboardConfig, protocol: Protocol, chosen: Settings, ratio: float | None) -> Work:
     entry = protocol.entries[run.method]
-    groups = protocol.pairs_per_update // (2 if entry.data == "lists" else 1)
+    groups = 2 * protocol.pairs_per_update // entry.pictures_per_group
     return Work(
         run,
         {**protocol.common, "train_batch_size": groups, **entry.settings, **chosen},

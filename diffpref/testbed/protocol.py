@@ -12,6 +12,8 @@ from typing import Any
 import yaml
 
 from diffpref.locations import config_file
+from diffpref.methods.recipes import RECIPES
+from diffpref.testbed.pairs import CANDIDATES
 from diffpref.training.settings import Settings
 
 REGIMES = ("own", "mismatch", "noisy")
@@ -31,6 +33,11 @@ class Entry:
     settings: Settings = field(default_factory=dict)  # of every run
     data: str = "pairs"  # or lists
     is_variant: bool = False  # of a loss, measured in one regime
+
+    @property
+    def pictures_per_group(self) -> int:
+        """Pictures that are compared with each other, or slots that show them."""
+        return {"images": 1, "lists": CANDIDATES}.get(RECIPES[self.method].groups, 2)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -44,6 +44,8 @@ def test_the_shipped_protocol_gives_every_method_the_same() -> None:
     assert len(protocol.seeds) >= 3
     assert protocol.test_prompts >= 500  # what a claim about a win rate needs
     assert protocol.choice_seed not in protocol.seeds
+    groups = {method: protocol.entries[method].pictures_per_group for method in ("diffusion_dpo", "rank_dpo", "diffusion_kto", "tkto")}
+    assert groups == {"diffusion_dpo": 2, "rank_dpo": 4, "diffusion_kto": 1, "tkto": 2}
     names = [run.name for method in protocol.entries for run in [*protocol.choices(method), *protocol.runs(method, True)]]
     assert len(names) == len(set(names))
     rows = {(run.regime, run.labels) for run in protocol.runs("diffusion_dpo", True)}
@@ -60,7 +62,8 @@ def test_every_setting_of_a_grid_is_a_setting_of_the_method(method: str, tmp_pat
         for name in setting.keys() - {"learning_rate"}:
             assert getattr(objective.method, name) == setting[name]
         for name, value in protocol.entries[method].settings.items():
-            assert value in [getattr(part, name, None) for part in objective.parts]
+            found = [getattr(part, name, None) for part in (config, *objective.parts)]
+            assert value in [list(x) if isinstance(x, tuple) else x for x in found]
 
 
 @pytest.mark.parametrize(
