@@ -182,9 +182,12 @@ def _check_used(settings: dict[str, Any], common: list[str], owned: list[str]) -
 
 def _testbed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     """The testbed's settings for the chosen method and tuning, overridden by `settings`."""
+    from diffpref.methods.recipes import RECIPES
     from diffpref.testbed.recipe import read_recipe, scored_pairs
 
     method = settings.get("method", "diffusion_dpo")
+    if RECIPES[method].conditioning:
+        raise ValueError(f"method is {method}, but the embedded pairs have no users; run diffpref testbed users, or give a model and data")
     found = {"num_eval_prompts": 200} | read_recipe(f"{method}_full" if settings.get("tune") == "full" else method) | settings
     return found | ({"train_data_dir": str(scored_pairs())} if found.get("score") == "testbed_pickscore" else {})
 

@@ -19,6 +19,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffpref import cli
 from diffpref.core.policy import evaluate
 from diffpref.core.types import Conditioning, PreferenceBatch
 from diffpref.data.pairs import load_pairs
@@ -212,6 +213,13 @@ def test_mcdpo_trains(user_pairs: str, run_training: Go, read_metrics: Any, sd_f
 def test_refusals(recipe: str, own: dict[str, Any], run: dict[str, Any], message: str, user_pairs: str, prepare: Start) -> None:
     with pytest.raises(ValueError, match=message):
         prepare("run", objective(recipe, **own), train_data_dir=user_pairs, **run)
+
+
+def test_the_command_names_the_testbed_of_users(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["train", "--method", "ppd"]) == 2
+    assert "diffpref testbed users" in capsys.readouterr().err
+    assert cli.main(["train", "--help"]) == 0
+    assert "--user_encoder" in capsys.readouterr().out
 
 
 def test_pairs_without_users_are_refused(prepare: Start) -> None:
