@@ -63,7 +63,7 @@ def prompt_key(prompt: str) -> Key:
 def write_shard(folder: Path, kind: str, keys: Sequence[Key], tensors: Mapping[str, Tensor]) -> str:
     """Write n rows under their keys, complete or not at all; returns the name of the file. Raises OSError."""
     hidden = folder / f".{kind}-{os.getpid()}.part"
-    save_file({"key": _as_int64(keys), **{name: x.contiguous() for name, x in tensors.items()}}, hidden)
+    save_file({"key": as_int64(keys), **{name: x.contiguous() for name, x in tensors.items()}}, hidden)
     hidden.chmod(0o644)  # safetensors makes files that nobody else can read
     name = f"{kind}-{checksum(hidden)}.safetensors"
     hidden.replace(folder / name)
@@ -100,11 +100,11 @@ def write_index(folder: Path, pictures: Mapping[Key, Key]) -> None:
     tensors = {}
     for kind, found in ((LATENTS, places), (PROMPTS, prompts)):
         keys = sorted(found)
-        tensors[f"{kind}.key"] = _as_int64(keys)
+        tensors[f"{kind}.key"] = as_int64(keys)
         tensors[f"{kind}.place"] = torch.tensor([(number[found[k][0]], found[k][1]) for k in keys], dtype=torch.int32).reshape(-1, 2)
     hidden = folder / f".index-{os.getpid()}.part"
     content = {place: key for key, place in latents.items()}
-    tensors["content"] = _as_int64(content[places[k]] for k in sorted(places))
+    tensors["content"] = as_int64(content[places[k]] for k in sorted(places))
     save_file(tensors, hidden, {"files": json.dumps([[name, (folder / name).stat().st_size] for name in names])})
     hidden.chmod(0o644)
     hidden.replace(folder / INDEX)
@@ -210,12 +210,12 @@ ADD = "add it: diffpref cache, with the settings of this run"
 class Places:
     """Keys in rising order and where each lies."""
 
-    key: np.ndarray  # (N, 2) int64, see _as_int64
+    key: np.ndarray  # (N, 2) int64, see as_int64
     place: np.ndarray  # (N, 2) int32: file and row
 
     def find(self, keys: Sequence[Key]) -> np.ndarray:
         """(n, 2) int32: file and row of each key, -1 and -1 for what is not there."""
-        wanted = _as_int64(keys).numpy()
+        wanted = as_int64(keys).numpy()
         at = np.searchsorted(self.key[:, 0], wanted[:, 0])
         at[at == len(self.key)] = 0
         found = self.place[at] if len(self.key) else np.zeros((len(wanted), 2), np.int32)
@@ -223,7 +223,7 @@ class Places:
         return np.where(known[:, None], found, np.int32(-1))
 
 
-def _as_int64(keys: Iterable[Key]) -> Tensor:
+def as_int64(keys: Iterable[Key]) -> Tensor:
     """Keys as (n, 2) int64 whose first column rises as the keys do."""
     raw = np.frombuffer(b"".join(keys), dtype=">u8").reshape(-1, 2).astype(np.uint64)
     return torch.from_numpy((raw ^ np.uint64(1 << 63)).view(np.int64))  # turns the order of unsigned numbers into that of signed ones

@@ -142,6 +142,8 @@ class TrainConfig:
     """Encode all pictures and prompts once and keep them in memory; not with random_crop."""
     latent_cache: str | None = None
     """Folder made by `diffpref cache` with the settings of this run: latents and prompts are read from it, nothing is encoded."""
+    reference_errors: str | None = None
+    """File of the reference's errors at every visit of the run, made first if it is not there; training then asks no reference."""
     dataloader_num_workers: int = 0
     """Processes that decode pictures; does not change what is seen."""
     vae_encode_batch_size: int = 8

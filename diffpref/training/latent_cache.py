@@ -17,10 +17,13 @@ from diffpref.training.models import check_resolution
 
 
 def fingerprint(modules: Iterable[nn.Module]) -> str:
-    """32 hex digits over names, shapes, types and a few values of every weight: enough to tell models apart, within milliseconds."""
+    """32 hex digits over names, shapes, types and a few values of every weight: enough to tell models apart, within milliseconds.
+
+    Adapters are left out.
+    """
     digest, values = hashlib.blake2b(digest_size=16), []
     for module in modules:
-        for name, p in module.state_dict().items():
+        for name, p in ((n.replace(".base_layer", ""), p) for n, p in module.state_dict().items() if "lora_" not in n):
             digest.update(repr((name, tuple(p.shape), p.dtype)).encode())
             values.append(p.flatten()[:: max(1, p.numel() // 16)][:16].float())
     digest.update(torch.cat(values).cpu().numpy().tobytes())  # joined first: one transfer from a GPU

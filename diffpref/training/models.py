@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -30,7 +31,8 @@ def load_models(
         backbone, module = make_trainable(config, backbone)
     if port is not None:
         backbone, module = port.attach(config, backbone)
-    is_frozen = config.tune == "full" and objective.needs_reference and not config.reference_update_steps
+    is_known = config.reference_errors is not None and Path(config.reference_errors).exists() and not config.validation_steps
+    is_frozen = config.tune == "full" and objective.needs_reference and not (config.reference_update_steps or is_known)
     reference = copy.deepcopy(module) if is_frozen else None
     if config.gradient_checkpointing:
         backbone.denoiser.enable_gradient_checkpointing()

@@ -38,6 +38,7 @@ from diffpref.training.pairs import load_run_pairs
 from diffpref.training.port import Port, new_port
 from diffpref.training.preflight import Preflight
 from diffpref.training.probe import probe
+from diffpref.training.reference_errors import check_reference_errors, open_or_compute, with_errors
 from diffpref.training.run_folder import claim, open_folder
 from diffpref.training.run_log import RunLog
 from diffpref.training.saving import CheckpointWriter
@@ -267,6 +268,10 @@ def begin(
     check_ranks_agree(accelerator, {"data": run.data, **to_flat(dataclasses.replace(config, output_dir=None), *run.objective.parts)})
     source = partial(source, port=run.port)
     run.source_from = lambda config, first_step: source(config=config, first_step=first_step)
+    if config.reference_errors is not None:
+        errors = open_or_compute(run, partial(source, config=config, first_step=0))
+        run.source_from = lambda config, first_step: with_errors(source(config=config, first_step=first_step), errors, config.seed)
+        run.reference = None
     run.open_source(run.first_step)
     open_folder(run.folder, config, run.objective, pairs, accelerator, run.backbone, notes, preflight.found)
     start_trackers(accelerator, config.tracker_project_name, to_flat(config, *run.objective.parts), run.first_step)
@@ -285,6 +290,7 @@ def claim_places(config: TrainConfig, objective: Objective, accelerator: Acceler
     """
     folder, resume = claim(config, objective, accelerator)
     check_reference(config, objective)
+    check_reference_errors(config, objective)
     return folder, resume, claim_repository(config, folder) if accelerator.is_main_process else None
 
 

@@ -56,6 +56,7 @@ _MAY_CHANGE = {
     "check_images",
     "cache_latents",
     "latent_cache",
+    "reference_errors",
     "cache_dir",
     "vae_encode_batch_size",
     "gradient_checkpointing",

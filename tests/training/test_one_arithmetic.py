@@ -1,0 +1,89 @@
+"""The gate before any number of speed: on every path that can be switched on, an untouched policy computes what its reference computes.
+
+beta multiplies rounding, so a policy and a reference with other kernels, types or layouts would begin with margins of their own.
+And no path waits for the device within an accumulation window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from diffpref.training.loop import learn, update
+from diffpref.training.objective import build_objective
+from diffpref.training.run import Run, prepare_run
+
+Settings = dict[str, Any]
+
+ENABLED: dict[str, Settings] = {
+    "lora": {},
+    "full": {"tune": "full"},
+    "one pair": {"train_batch_size": 1},
+    "three pairs": {"train_batch_size": 3},
+    "bf16 autocast, lora": {"mixed_precision": "bf16"},
+    "bf16 autocast, full": {"mixed_precision": "bf16", "tune": "full"},
+    "bf16 weights": {"mixed_precision": "bf16", "base_dtype": "bf16"},
+    "recomputed activations, lora": {"gradient_checkpointing": True},
+    "recomputed activations, full": {"gradient_checkpointing": True, "tune": "full"},
+    "kept latents": {"cache_latents": True},
+    "all layers": {"lora_targets": "all"},
+    "rank-stabilised": {"use_rslora": True},
+    "sdxl": {"family": "sdxl"},
+    "sdxl in bf16": {"family": "sdxl", "mixed_precision": "bf16", "gradient_checkpointing": True},
+    "8-bit optimizer state is made later": {"optimizer": "adafactor", "tune": "full"},
+    "moving average": {"use_ema": True},
+}
+
+
+@pytest.mark.parametrize("case", ENABLED)
+def test_the_untouched_policy_is_the_reference(case: str, prepare: Callable[..., Run], sdxl_folder: Path) -> None:
+    settings = dict(ENABLED[case])
+    if settings.pop("family", None):
+        settings["pretrained_model_name_or_path"] = str(sdxl_folder)
+    run = prepare("run", beta=5000.0, **settings)
+    out = learn(run, next(run.source))
+    assert torch.equal(out.per_group, torch.full_like(out.per_group, math.log(2)))
+    for name in ("rewards/chosen", "rewards/rejected", "rewards/margins"):
+        assert float(out.metrics[name]) == 0, name
+    assert any(p.grad is not None and bool(p.grad.any()) for p in run.trainable.values())  # and yet it learns
+
+
+class Waits(TorchDispatchMode):
+    """Counts the operators that wait for a device: those that bring a value, or a number of elements, to the host."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "equal", "unique", "_unique2")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.NAMES:
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("recipe", ["diffusion_dpo", "diffusion_sdpo", "mapo", "dspo", "dmpo", "sft"])
+def test_nothing_waits_for_the_device_within_an_accumulation_window(
+    recipe: str, base_settings: Settings, prepare: Callable[..., Run], tmp_path: Path
+) -> None:
+    config = prepare("plain", gradient_accumulation_steps=3).config
+    run = prepare_run(type(config)(**base_settings, method=recipe, output_dir=str(tmp_path / "run")), build_objective(recipe, {}))
+    batches = [next(run.source) for _ in range(3)]  # made on the host, ahead of the device
+    with Waits() as waits:
+        for batch in batches:
+            out = learn(run, batch)
+            run.log.collect(out.per_group.mean(), out.metrics)
+    assert not waits.seen
+    with Waits() as waits:  # the counter counts
+        update(run, run.log.means()["loss"])
+    run.log.close()
+    assert waits.seen["_local_scalar_dense"] > 0

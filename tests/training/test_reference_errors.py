@@ -1,0 +1,97 @@
+"""Errors of the reference from a file train as those that are computed on the way, without a reference in memory."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from diffpref.training import models
+from diffpref.training.config import TrainConfig
+from diffpref.training.loop import learn
+from diffpref.training.objective import build_objective
+from diffpref.training.reference_errors import check_reference_errors
+from diffpref.training.run import Run
+
+Settings = dict[str, Any]
+Go = Callable[..., Path]
+CASES: dict[str, Settings] = {
+    "lora": {},
+    "full": {"tune": "full"},
+    "bf16, full, two micro-batches": {"tune": "full", "mixed_precision": "bf16", "gradient_accumulation_steps": 2, "max_train_steps": 3},
+    "sdxl": {"family": "sdxl", "max_train_steps": 3, "cache_latents": True},
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_errors_from_a_file_train_the_same(case: str, run_training: Go, sdxl_folder: Path, tmp_path: Path) -> None:
+    settings = {"learning_rate": 1e-3} | CASES[case]
+    if settings.pop("family", None):
+        settings["pretrained_model_name_or_path"] = str(sdxl_folder)
+    stored = {**settings, "reference_errors": str(tmp_path / "errors.safetensors")}
+    folders = [run_training("online", **settings), run_training("computes", **stored), run_training("reads", **stored)]
+    step = settings.get("max_train_steps", 6)
+    online, *others = (load_file(folder / f"checkpoint-{step}" / "weights.safetensors") for folder in folders)
+    for other in others:
+        assert [name for name in online if not torch.equal(online[name], other[name])] == []
+
+
+def test_a_run_that_reads_them_has_no_reference(prepare: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stored = {"reference_errors": str(tmp_path / "errors.safetensors"), "tune": "full"}
+    assert prepare("computes", **stored).reference is None
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a second network was made")
+
+    monkeypatch.setattr(models, "copy", SimpleNamespace(deepcopy=fail))
+    reads = prepare("reads", **stored, beta=7.0)
+    batch = next(reads.source)
+    assert batch.reference_error is not None
+    assert batch.reference_error.shape == (2, 2)
+    assert reads.reference is None
+    assert learn(reads, batch).per_group.isfinite().all()
+
+
+def test_a_resumed_run_reads_them(run_training: Go, tmp_path: Path) -> None:
+    settings = {"tune": "full", "checkpointing_steps": 3, "reference_errors": str(tmp_path / "errors.safetensors")}
+    whole, parts = run_training("whole", **settings), run_training("parts", **settings, max_train_steps=3)
+    run_training("parts", **settings, resume_from_checkpoint="latest")
+    a, b = (load_file(folder / "checkpoint-6" / "weights.safetensors") for folder in (whole, parts))
+    assert [name for name in a if not torch.equal(a[name], b[name])] == []
+
+
+def test_other_settings_are_refused_with_both_values(prepare: Callable[..., Run], sdxl_folder: Path, tmp_path: Path) -> None:
+    path = str(tmp_path / "errors.safetensors")
+    prepare("first", reference_errors=path)
+    for settings, message in (
+        ({"seed": 1}, "seed is 0 in the file and 1 in this run"),
+        ({"train_batch_size": 3}, "train_batch_size is 2 in the file and 3 in this run"),
+        ({"label_noise_prob": 1.0}, r"data is \w+ in the file and \w+ in this run"),
+        ({"pretrained_model_name_or_path": str(sdxl_folder)}, r"model is \w+ in the file and \w+ in this run"),
+    ):
+        with pytest.raises(ValueError, match=f"reference_errors .* was made with other settings: .*{message}"):
+            prepare(str(message[:5]), reference_errors=path, **settings)
+    longer = prepare("longer", reference_errors=path, max_train_steps=90)
+    with pytest.raises(ValueError, match="made for fewer steps"):
+        list(itertools.islice(longer.source, 90))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "message"),
+    [
+        ("mapo", {}, "mapo has no reference"),
+        ("dspo", {}, "dspo needs what the reference predicts"),
+        ("inpo", {}, "x_t depends on the policy"),
+        ("diffusion_dpo", {"reference_update_steps": 2}, "reference_update_steps is 2, which moves the reference"),
+    ],
+)
+def test_where_errors_do_not_suffice_they_are_refused(recipe: str, settings: Settings, message: str) -> None:
+    config = TrainConfig(method=recipe, reference_errors="errors.safetensors", **settings)
+    with pytest.raises(ValueError, match=message):
+        check_reference_errors(config, build_objective(recipe, {}))
