@@ -11,7 +11,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
+import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from filelock import FileLock, Timeout
@@ -45,6 +47,8 @@ def build_cache(config: TrainConfig, own: CacheConfig, grouping: Grouping) -> No
     """
     folder = Path(str(config.latent_cache))
     start, accelerator = time.perf_counter(), new_accelerator(config)
+    for library in (diffusers, transformers):
+        library.utils.logging.disable_progress_bar()  # of models that load in a second
     pairs, held_out = load_run_pairs(config, accelerator.is_main_process, grouping)
     backbone = load_base(config)
     backbone.pipeline.vae.to(accelerator.device)
