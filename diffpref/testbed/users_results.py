@@ -271,7 +271,7 @@ def gap_closed(rewards: dict[str, np.ndarray]) -> dict[str, float]:
     return {"share": float(gained.mean() / possible.mean()), "low": float(low), "high": float(high)}
 
 
-def identification(config: UsersConfig, contexts: int = 24) -> dict[str, Any]:
+def identification(config: UsersConfig, contexts: int = 8) -> dict[str, Any]:
     """Whose context is it? Nearest mean of the other half of a user's contexts, by cosine; all 24 users, and the unseen alone."""
     personal, users = Personal(config), all_users()
     with torch.no_grad():
@@ -289,7 +289,7 @@ def identification(config: UsersConfig, contexts: int = 24) -> dict[str, Any]:
     }
 
 
-def interpolation(config: UsersConfig, first: str = "left+high", second: str = "right+accompanied", prompts: int = 64) -> dict[str, Any]:
+def interpolation(config: UsersConfig, first: str = "left+high", second: str = "right+accompanied", prompts: int = 32) -> dict[str, Any]:
     """Rewards of two users along the way from one to the other, for both ways of mixing; writes interpolation.png."""
     personal, texts, seeds = Personal(config), prompts_of(config)[:prompts], seeds_for(config.num_prompts)[:prompts]
     ends = torch.stack([personal.contexts(user, 1)[0] for user in (first, second)])
