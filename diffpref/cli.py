@@ -24,8 +24,8 @@ USAGE = """usage: diffpref COMMAND [--setting value ...]
   benchmark  pictures in the layouts of GenEval, DPG-Bench, T2I-CompBench and HPDv2, and their results
   verify     a published checkpoint: our figures beside the paper's
   testbed    compare with the base and its controls, rebuild parts of the testbed, or run its results table
-  train-reward-model
-             fit a scorer to preference pairs, saved in PickScore's layout
+  train-reward-model       fit a scorer to preference pairs, saved in PickScore's layout
+  train-step-aware-scorer  fit SPO's judge of half-denoised pictures to preference pairs
 
 diffpref COMMAND --help lists the settings of a command."""
 
@@ -66,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "benchmark": benchmark,
         "testbed": testbed,
         "train-reward-model": train_reward_model,
+        "train-step-aware-scorer": lambda argv: train_reward_model(argv, is_step_aware=True),
     }
     if words[0] not in commands:
         return _fail(f"{words[0]!r} is not a command; use {', '.join(commands)}")
@@ -144,7 +145,7 @@ def _train_settings(argv: list[str]) -> tuple[dict[str, Any], Any, list[str]] | 
     if on_testbed and preset:
         raise ValueError(f"preset is {preset!r}, which belongs to runs with a model and data; leave it out on the testbed")
     if not on_testbed:
-        _check_model_and_data(given)
+        _check_model_and_data(given, samples="step_scorer" in owned)
         if "num_eval_prompts" in given:
             raise ValueError(
                 f"num_eval_prompts is {given['num_eval_prompts']}; it belongs to the testbed: leave it out with a model and data"
@@ -192,30 +193,29 @@ def _testbed_settings(settings: dict[str, Any]) -> dict[str, Any]:
     return found | ({"train_data_dir": str(scored_pairs())} if found.get("score") == "testbed_pickscore" else {})
 
 
-def _check_model_and_data(settings: dict[str, Any]) -> None:
+def _check_model_and_data(settings: dict[str, Any], samples: bool) -> None:
     has_model = settings.get("pretrained_model_name_or_path") is not None
-    has_data = bool(settings.get("train_data_dir") or settings.get("dataset_name"))
-    if has_model and not has_data:
+    data = settings.get("train_data_dir") or settings.get("dataset_name")
+    if has_model and not data and not samples:
         raise ValueError(
             f"pretrained_model_name_or_path is {settings['pretrained_model_name_or_path']!r} but no data is given: "
             "add --train_data_dir FOLDER or --dataset_name HUB_ID (or give neither, for the testbed)"
         )
-    if has_data and not has_model:
-        source = settings.get("train_data_dir") or settings.get("dataset_name")
+    if data and not has_model:
         raise ValueError(
-            f"data {source!r} is given but no model: "
-            "add --pretrained_model_name_or_path FOLDER_OR_HUB_ID (or give neither, for the testbed)"
+            f"data {data!r} is given but no model: add --pretrained_model_name_or_path FOLDER_OR_HUB_ID (or give neither, for the testbed)"
         )
 
 
 def _run(config: Any, objective: Any, num_eval_prompts: int | None, notes: list[str]) -> int:
     """Align, and with num_eval_prompts compare with the testbed's base. `notes` say where settings came from."""
+    from diffpref.testbed.step_scorers import testbed_step_scorer
     from diffpref.training.align import align, refresh_card
     from diffpref.training.stopping import Ended, say_end
 
     _no_loading_bars()
     try:
-        aligned = align(config, objective, notes)
+        aligned = align(config, objective, notes, testbed_step_scorer(objective))
     except Ended as end:
         return say_end(end)
     if aligned.is_main_process and num_eval_prompts:
@@ -287,12 +287,12 @@ def _scorer_of(config: Any) -> Callable[[str], Callable[..., Any]]:
     return load
 
 
-def train_reward_model(argv: list[str]) -> int:
-    """Fit a reward model to pairs; see diffpref/training/reward_command.py."""
+def train_reward_model(argv: list[str], is_step_aware: bool = False) -> int:
+    """Fit a reward model, or a step-aware one, to pairs; see diffpref/training/reward_command.py."""
     use_all_cores()
-    from diffpref.training.reward_command import train_reward_model as command
+    from diffpref.training import reward_command
 
-    return command(argv)
+    return reward_command.train_step_aware_scorer(argv) if is_step_aware else reward_command.train_reward_model(argv)
 
 
 def inspect(argv: list[str]) -> int:

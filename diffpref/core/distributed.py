@@ -38,3 +38,19 @@ def all_max(value: int, device: torch.device) -> int:
     largest = torch.tensor(value, device=device)
     dist.all_reduce(largest, dist.ReduceOp.MAX)
     return int(largest)
+
+
+def all_rows(x: Tensor) -> Tensor:
+    """The rows of all processes, those of process 0 first; they may differ in number, and processes may have none.
+
+    x: (N, ...) with the same further axes and dtype everywhere. Every process must call it. Returns (sum of N, ...) on x's device.
+    """
+    if world_size() == 1:
+        return x
+    counts = [torch.zeros((), dtype=torch.int64, device=x.device) for _ in range(world_size())]
+    dist.all_gather(counts, torch.tensor(len(x), device=x.device))
+    most = max(int(count) for count in counts)
+    padded = torch.cat([x, x.new_zeros(most - len(x), *x.shape[1:])])
+    parts = [torch.empty_like(padded) for _ in counts]
+    dist.all_gather(parts, padded.contiguous())
+    return torch.cat([part[: int(count)] for part, count in zip(parts, counts, strict=True)])

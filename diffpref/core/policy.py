@@ -141,10 +141,18 @@ def evaluate(
     for step in steps:
         expected = step.reference
         if reference is not None and expected is None and reference_error is None:
-            expected = guided(reference, null, step.guidance_scale)(step.x_t, step.timesteps, cond)
-        prediction = guided(policy, null, step.guidance_scale)(step.x_t, step.timesteps, cond)
-        evals.append(Evaluation(step, prediction, expected, reference_error))
+            expected = predicted(step, cond, reference, null)
+        evals.append(Evaluation(step, predicted(step, cond, policy, null), expected, reference_error))
     return evals
+
+
+def predicted(step: PathStep, cond: Conditioning, predict: Predict, null: Conditioning | None = None) -> Tensor:
+    """What a network predicts at a step under its guidance, (G, K, C, h, w); asked once per group where the input is shared."""
+    ask = guided(predict, null, step.guidance_scale)
+    if not step.shared_input:
+        return ask(step.x_t, step.timesteps, cond)
+    once = ask(step.x_t[:, :1], step.timesteps[:, :1], cond.map(lambda x: x[:, :1]))
+    return once.expand(-1, step.x_t.shape[1], *once.shape[2:])
 
 
 def two_pass_backward(
@@ -179,6 +187,6 @@ def two_pass_backward(
     gradients = torch.autograd.grad(out.per_group.mean(), leaves, materialize_grads=True)
     for i, (step, gradient) in enumerate(zip(steps, gradients, strict=True)):
         with nullcontext() if i == len(steps) - 1 else no_sync():
-            prediction = guided(policy, null, step.guidance_scale)(step.x_t, step.timesteps, cond)
+            prediction = predicted(step, cond, policy, null)
             backward((prediction * gradient).sum())
     return replace(out, per_group=out.per_group.detach())

@@ -88,6 +88,12 @@ class DdpmProcess:
             return prediction
         return self._mix(self.alpha(t), prediction) + self._mix(self.sigma(t), x_t)
 
+    def x_0(self, x_t: Tensor, prediction: Tensor, t: Tensor) -> Tensor:
+        """The clean latent that a prediction implies at x_t."""
+        if self.prediction_type == "epsilon":
+            return self._mix(1 / self.alpha(t), x_t) - self._mix(self.sigma(t) / self.alpha(t), prediction)
+        return self._mix(self.alpha(t), x_t) - self._mix(self.sigma(t), prediction)
+
     def implied(self, x_t: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The prediction that implies `noise` at x_t, the inverse of `epsilon`."""
         if self.prediction_type == "epsilon":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,13 +44,19 @@ class PathStep:
     log_snr: Tensor | None = None  # (G, K) log(alpha^2 / sigma^2) at the timesteps
     guidance_scale: float = 1.0  # policy and reference are compared under this classifier-free guidance
     reference: Tensor | None = None  # (G, K, C, h, w) what the reference predicts here, if the path has asked it already
+    shared_input: bool = False  # all images of a group have the same x_t and timestep, so that the networks are asked once per group
+
+    def first(self, images: int) -> PathStep:
+        """The same place for the first `images` images of every group."""
+        tensors: dict[str, Any] = {f.name: x[:, :images] for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **tensors)
 
 
 @dataclass(frozen=True)
 class PreferenceBatch:
     """What a source yields, whether it read it from disk or sampled it."""
 
-    latents: Tensor  # (G, K, C, h, w), scaled by the VAE factor
+    latents: Tensor  # (G, K, C, h, w), scaled by the VAE factor; of an on-policy source where its last step ended
     cond: Conditioning
     relevance: Tensor  # (G, K) float32; for pairs the probability that this image is the better one
     pair_ids: tuple[str, ...]  # (G,)
@@ -57,6 +64,7 @@ class PreferenceBatch:
     scores: Mapping[str, Tensor] = field(default_factory=dict)  # by scorer (G, K), higher is better
     weight: Tensor | None = None  # (G,), multiplies the loss of a group
     reference_error: Tensor | None = None  # (G, K), the reference's error at the step of this visit, computed beforehand
+    steps: tuple[PathStep, ...] = ()  # what an on-policy source has recorded
 
     @property
     def group_shape(self) -> torch.Size:
@@ -74,6 +82,7 @@ class PreferenceBatch:
             relevance=self.relevance[:, :images],
             scores={name: score[:, :images] for name, score in self.scores.items()},
             reference_error=None if self.reference_error is None else self.reference_error[:, :images],
+            steps=tuple(step.first(images) for step in self.steps),
         )
 
     def random(self, seed: int) -> PairRandom:

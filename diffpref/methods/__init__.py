@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import ClassVar, Protocol
 
 from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
+from diffpref.methods.dense_reward import DenseReward
 from diffpref.methods.diffusion_dpo import DiffusionDPO
 from diffpref.methods.diffusion_kto import DiffusionKTO
 from diffpref.methods.dmpo import DMPO
@@ -20,6 +21,7 @@ from diffpref.methods.odpo import ODPO
 from diffpref.methods.rank_dpo import RankDPO
 from diffpref.methods.sft import SFT
 from diffpref.methods.smpo import SmPO
+from diffpref.methods.spo import SPO
 
 
 class Method(Protocol):
@@ -36,6 +38,7 @@ class Method(Protocol):
 
 
 METHODS: dict[str, type[Method]] = {
+    "dense_reward": DenseReward,
     "diffusion_dpo": DiffusionDPO,
     "diffusion_kto": DiffusionKTO,
     "dmpo": DMPO,
@@ -50,4 +53,5 @@ METHODS: dict[str, type[Method]] = {
     "rank_dpo": RankDPO,
     "sft": SFT,
     "smpo": SmPO,
+    "spo": SPO,
 }

@@ -1,6 +1,6 @@
 """The published systems as combinations: a method, the path its x_t are reached by, and the guards it wears.
 
-Names and settings only; a run looks them up in METHODS, PATHS and GUARDS. Settings that are not named keep their defaults.
+Names and settings only; a run looks them up in METHODS, PATHS, SOURCES and GUARDS. Settings that are not named keep their defaults.
 """
 
 from __future__ import annotations
@@ -22,11 +22,23 @@ class Recipe:
     path_settings: Settings = field(default_factory=dict)
     guards: Mapping[str, Settings] = field(default_factory=dict)
     conditioning: str | None = None  # what the policy reads besides its prompt: "users" or "axes" (training/conditioning.py)
+    source: str | None = None  # who samples its pairs; None for stored ones
+    source_settings: Settings = field(default_factory=dict)
     provisional: str = ""  # what the paper does not say, and is therefore our choice
     groups: Literal["pairs", "captioned", "captions", "images", "lists"] = "pairs"  # what is compared, see data/groups.py
 
 
 RECIPES: dict[str, Recipe] = {
+    "dense_reward": Recipe(
+        "dense_reward",
+        "recorded",
+        source="stepwise",
+        source_settings={
+            **{"num_steps": 50, "guidance_scale": 7.5, "first_branch": 0, "num_inner_step": 49, "num_candidates": 5, "threshold": 0.0},
+            **{"sampled_steps": 1, "discount": 0.9},
+        },
+        provisional="visits_per_rollout, and best and worst of one starting noise in place of two of five trajectories",
+    ),
     "diffusion_dpo": Recipe("diffusion_dpo"),
     "diffusion_kto": Recipe("diffusion_kto", groups="images"),
     "diffusion_sdpo": Recipe("diffusion_dpo", guards={"sdpo": {"mu": 0.9}}),
@@ -52,6 +64,21 @@ RECIPES: dict[str, Recipe] = {
         "inversion",
         {"score": "pickscore", "score_min": 0.11543526500463486, "score_max": 0.28201571106910706},
         {"num_steps": 5, "renoise_iterations": 1},
+    ),
+    "spo": Recipe("spo", "recorded", source="stepwise"),
+    "spo_sdxl": Recipe(
+        "spo",
+        "recorded",
+        source="stepwise",
+        source_settings={"num_candidates": 2, "num_inner_step": 3, "threshold": 0.4, "prompts_per_rollout": 8},
+    ),
+    "tailor_po": Recipe(
+        "spo",
+        "recorded",
+        {"clip_range": 0.0},
+        source="stepwise",
+        source_settings={"num_candidates": 2, "threshold": 0.0, "first_branch": 0},
+        provisional="beta, the range of steps, and all settings of the optimizer",
     ),
     "tdpo": Recipe(
         "diffusion_dpo",

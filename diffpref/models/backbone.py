@@ -77,6 +77,13 @@ class Backbone:
             posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
         return torch.stack([posterior.mean, posterior.std], 1) * vae.config.scaling_factor
 
+    def decode(self, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Latents (N, C, h, w) to pixels (N, 3, H, W), about [0, 1] but not clamped, float32; dtype: of the autoencoder's products."""
+        vae = self.pipeline.vae
+        half = dtype != torch.float32
+        with torch.no_grad(), torch.autocast(latents.device.type, dtype if half else None, enabled=half):
+            return vae.decode(latents.to(vae.device, torch.float32) / vae.config.scaling_factor).sample.float() / 2 + 0.5
+
 
 def with_text_encoders(backbone: Backbone, recompute: bool, **lora: Any) -> tuple[Backbone, TextAndUNet]:
     """A backbone whose trained module contains the text encoders, with adapters on them, and that module.

@@ -9,6 +9,7 @@ from diffpref.core.random import PairRandom
 from diffpref.core.types import Conditioning, PathStep, Predict, PreferenceBatch
 from diffpref.paths.forward import ForwardNoising
 from diffpref.paths.inversion import DdimInversion
+from diffpref.paths.recorded import Recorded
 from diffpref.paths.trajectory import InversionTrajectory
 
 
@@ -27,4 +28,9 @@ class Path(Protocol):
         """Steps for all groups. null: conditioning of the empty prompt (1, 1, ...), for guidance."""
 
 
-PATHS: dict[str, type[Path]] = {"forward": ForwardNoising, "inversion": DdimInversion, "trajectory": InversionTrajectory}
+PATHS: dict[str, type[Path]] = {
+    "forward": ForwardNoising,
+    "inversion": DdimInversion,
+    "recorded": Recorded,
+    "trajectory": InversionTrajectory,
+}

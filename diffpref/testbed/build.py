@@ -22,6 +22,8 @@ from diffpref.testbed.results import ResultsConfig, run_results
 from diffpref.testbed.reward import reward
 from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler, sample_parallel
 from diffpref.testbed.scorer import ScorerConfig, build_scorer
+from diffpref.testbed.spm import SpmConfig, build_spm
+from diffpref.testbed.spo import SpoConfig, compare_spo
 from diffpref.testbed.train_base import train_base
 from diffpref.testbed.train_vae import psnr, refine_decoder, render_set, train_vae
 from diffpref.testbed.users_results import UsersConfig, run_users
@@ -182,4 +184,6 @@ PARTS: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
     "compare": (CompareConfig, compare_models),
     "results": (ResultsConfig, run_results),
     "leaderboard": (LeaderboardConfig, run_leaderboard),
+    "spm": (SpmConfig, build_spm),
+    "spo": (SpoConfig, compare_spo),
 }

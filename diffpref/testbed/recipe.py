@@ -28,12 +28,15 @@ def evaluation_prompts(count: int | None) -> PromptSet:
 
 
 def read_recipe(name: str) -> Settings:
-    """The settings of configs/testbed/<name>.yaml, those of the method among them, with the testbed's model and pairs."""
-    return {
-        **read_yaml(config_file("testbed", f"{name}.yaml"), [*names_of(TrainConfig), *all_names()]),
-        "pretrained_model_name_or_path": str(asset("testbed", "pipeline")),
-        "train_data_dir": str(asset("testbed", "pairs")),
-    }
+    """The settings of configs/testbed/<name>.yaml, those of the method among them, with the testbed's model and pairs.
+
+    A method that samples its own pairs gets the testbed's prompts for training instead.
+    """
+    found = read_yaml(config_file("testbed", f"{name}.yaml"), [*names_of(TrainConfig), *all_names()])
+    found["pretrained_model_name_or_path"] = str(asset("testbed", "pipeline"))
+    if "step_scorer" not in found:
+        return found | {"train_data_dir": str(asset("testbed", "pairs"))}
+    return found | {"prompt_set": str(asset("prompts", "testbed.txt"))}
 
 
 def scored_pairs() -> Path:

@@ -43,7 +43,7 @@ from diffpref.training.reward_loop import RESULT_FILE, fit
 from diffpref.training.run_folder import CONFIG_FILE, MANIFEST_FILE, versions, write_json
 from diffpref.training.settings import Settings, build, names_of, read_yaml
 
-_FILES = (
+FILES = (
     "config.json",
     "model.safetensors",
     "preprocessor_config.json",
@@ -52,6 +52,7 @@ _FILES = (
     "vocab.json",
     "merges.txt",
 )
+"""What makes up a scorer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,7 +212,7 @@ def build_scorer(config: ScorerConfig) -> None:
     }
     scorer = out / "scorer"
     scorer.mkdir(exist_ok=True)
-    for name in _FILES:
+    for name in FILES:
         shutil.copy(out / "run" / name, scorer / name)
     write_json(scorer / RESULT_FILE, manifest)
     print(json.dumps(measured, indent=1))

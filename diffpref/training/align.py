@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 
 from diffpref.methods import Method
+from diffpref.sources.stepwise import StepScorer
 from diffpref.training.config import TrainConfig
 from diffpref.training.export import export
 from diffpref.training.hub import upload
@@ -36,11 +37,12 @@ class Aligned:
     timings: dict[str, float]  # seconds
 
 
-def align(config: TrainConfig, method: Method | Objective, notes: Sequence[str] = ()) -> Aligned:
+def align(config: TrainConfig, method: Method | Objective, notes: Sequence[str] = (), step_scorer: StepScorer | None = None) -> Aligned:
     """Train and export into config.output_dir, outputs/<method>-<time> if that is None.
 
     `method` is one of METHODS, any object with the same attributes (docs/extend.md), or an Objective with its path and guards.
-    `notes` are lines about where settings came from; they are printed and stored in the manifest.
+    `notes` are lines about where settings came from; they are printed and stored in the manifest. `step_scorer` judges what a method
+    that samples its own pairs has sampled, in place of the scorer that the setting of this name names.
 
     Raises ValueError for settings and data that cannot work, and when the upload fails after everything was written; one of the ends
     of stopping.py for a run that cannot go on: then the newest checkpoint is complete.
@@ -49,7 +51,7 @@ def align(config: TrainConfig, method: Method | Objective, notes: Sequence[str] 
     name = objective.name
     folder = config.output_dir or f"outputs/{name}-{time.strftime('%Y%m%d-%H%M%S')}"
     start = time.perf_counter()
-    run = prepare_run(dataclasses.replace(config, method=name, output_dir=folder), objective, notes)
+    run = prepare_run(dataclasses.replace(config, method=name, output_dir=folder), objective, notes, step_scorer)
     loaded = time.perf_counter()
     try:
         with memory_explained(run):

@@ -6,6 +6,7 @@ from diffpref.guards import GUARDS
 from diffpref.methods import METHODS
 from diffpref.methods.recipes import RECIPES
 from diffpref.paths import PATHS
+from diffpref.sources import SOURCES
 from diffpref.training.conditioning import CONDITIONINGS
 from diffpref.training.config import TrainConfig
 from diffpref.training.families import FAMILIES, FOREIGN
@@ -14,7 +15,7 @@ from diffpref.training.settings import help_text
 
 def train_help() -> str:
     """Usage, every setting, and the names of methods, paths, guards and presets."""
-    parts = (*METHODS.values(), *PATHS.values(), *GUARDS.values(), *CONDITIONINGS.values())
+    parts = (*METHODS.values(), *PATHS.values(), *SOURCES.values(), *GUARDS.values(), *CONDITIONINGS.values())
     return (
         f"usage: diffpref train [--config FILE.yaml] [--setting value ...]\n{help_text(TrainConfig, *parts)}\n\n"
         "  --num_eval_prompts  (int, default 200)\n      Testbed only: test prompts of the report.\n"

@@ -202,6 +202,10 @@ def data_text(settings: Settings, manifest: Settings) -> str:
     name, is_hub_id = public_name(settings.get("train_data_dir") or settings.get("dataset_name") or "")
     source = f"[{name}](https://huggingface.co/datasets/{name})" if is_hub_id and not settings.get("train_data_dir") else f"`{name}`"
     data = manifest["data"]
+    if "prompts" in data:
+        judge = data["step_scorer"]["name"]
+        text = f"Data: pairs that the model sampled itself for {data['prompts']} prompts of `{public_name(data['prompt_set'])[0]}`"
+        return f"{text}, judged by `{judge}`; fingerprint of the prompts `{data['fingerprint']}`."
     counts = f"{data['pairs']} pairs for training, {data['ties']} ties, {data['rejected']} rows rejected"
     return f"Data: {source}, split {settings['split']}: {counts}; fingerprint of the pairs `{data['fingerprint']}`."
 

@@ -20,6 +20,8 @@ from diffpref.methods import METHODS, Method
 from diffpref.methods.recipes import RECIPES
 from diffpref.paths import PATHS, Path
 from diffpref.paths.forward import ForwardNoising
+from diffpref.sources import SOURCES
+from diffpref.sources.stepwise import StepwiseSampling
 from diffpref.training.conditioning import CONDITIONINGS, Conditioning
 from diffpref.training.settings import Settings, build, names_of
 
@@ -33,6 +35,7 @@ class Objective:
     guards: tuple[Guard, ...] = ()
     recipe: str | None = None  # its name in RECIPES, if it has one
     conditioning: Conditioning | None = None  # what the policy reads besides its prompt
+    source: StepwiseSampling | None = None  # how it samples its own pairs; None for stored ones
 
     @property
     def name(self) -> str:
@@ -44,7 +47,18 @@ class Objective:
     @property
     def parts(self) -> tuple[Any, ...]:
         """The dataclasses whose fields are the objective's settings."""
-        return (self.method, self.path, *self.guards, *([self.conditioning] if self.conditioning else []))
+        return (
+            self.method,
+            self.path,
+            *([self.source] if self.source else []),
+            *self.guards,
+            *([self.conditioning] if self.conditioning else []),
+        )
+
+    @property
+    def guidance_scale(self) -> float:
+        """Of policy and reference in the loss."""
+        return float(getattr(self.source or self.path, "guidance_scale", 1.0))
 
     @property
     def needs_reference(self) -> bool:
@@ -87,7 +101,8 @@ def as_objective(method: Method | Objective) -> Objective:
 
 def all_names() -> list[str]:
     """Every setting of any method, path or guard."""
-    return list(dict.fromkeys(names_of(*METHODS.values(), *PATHS.values(), *GUARDS.values(), *CONDITIONINGS.values())))
+    parts = (*METHODS.values(), *PATHS.values(), *SOURCES.values(), *GUARDS.values(), *CONDITIONINGS.values())
+    return list(dict.fromkeys(names_of(*parts)))
 
 
 def objective_names(recipe: str, path: str | None = None, guards: Sequence[str] = ()) -> list[str]:
@@ -105,18 +120,25 @@ def build_objective(recipe: str, settings: Settings, path: str | None = None, gu
         for cls, own in _classes(recipe, path, guards)
     ]
     port = made.pop() if RECIPES[recipe].conditioning else None
-    return Objective(made[0], made[1], tuple(made[2:]), recipe, port)
+    source = next((part for part in made if isinstance(part, StepwiseSampling)), None)
+    guarding = tuple(part for part in made[2:] if part is not source)
+    return Objective(made[0], made[1], guarding, recipe, port, source)
 
 
 def _classes(recipe: str, path: str | None, guards: Sequence[str]) -> Iterator[tuple[type[Any], dict[str, Any]]]:
-    """Method, path, guards and conditioning with the settings that the recipe gives them."""
+    """Method, path, source if there is one, guards and conditioning, with the settings that the recipe gives them."""
     if recipe not in RECIPES:
         raise ValueError(f"method is {recipe!r}; accepted: {', '.join(RECIPES)}")
     line = RECIPES[recipe]
     yield METHODS[line.method], dict(line.settings)
     if path is not None and path not in PATHS:
         raise ValueError(f"path is {path!r}; accepted: {', '.join(PATHS)}")
+    if path is not None and (path == "recorded") != (line.source is not None):
+        kind = "samples its own pairs and needs path recorded" if line.source else "reads stored pairs, which recorded nothing"
+        raise ValueError(f"path is {path!r}, but method {recipe} {kind}; leave path out")
     yield PATHS[path or line.path], dict(line.path_settings) if path in (None, line.path) else {}
+    if line.source is not None:
+        yield SOURCES[line.source], dict(line.source_settings)
     for name in dict.fromkeys([*line.guards, *guards]):
         if name not in GUARDS:
             raise ValueError(f"guards has {name!r}; accepted: {', '.join(GUARDS)}")

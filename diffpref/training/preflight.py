@@ -19,7 +19,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
 
-from diffpref.data.loader import PairPixels
 from diffpref.models.backbone import Backbone
 from diffpref.training import machine
 from diffpref.training.config import TrainConfig
@@ -33,7 +32,7 @@ from diffpref.training.memory import (
     words,
 )
 from diffpref.training.objective import Objective
-from diffpref.training.run_costs import RunCosts
+from diffpref.training.run_costs import Pictures, RunCosts
 
 
 class Preflight:
@@ -79,7 +78,7 @@ class Preflight:
             raise ValueError(f"the weights do not fit onto {self.accelerator.device} ({brief(error)}); use {smaller}") from error
 
     def check_model(
-        self, objective: Objective, backbone: Backbone, module: nn.Module, pixels: PairPixels, folder: Path, resume: Path | None
+        self, objective: Objective, backbone: Backbone, module: nn.Module, pixels: Pictures, folder: Path, resume: Path | None
     ) -> None:
         """After loading and before anything is drawn or trained: memory and disk."""
         objective.check_images(self.config.train_batch_size * self.accelerator.num_processes * len(pixels.slots))

@@ -19,10 +19,10 @@ import torch
 from diffpref.core.preference import agreement, label_divergence, loss_share
 from diffpref.evaluation.stats import wilson_interval
 from diffpref.training.reward_config import RewardModelConfig
-from diffpref.training.reward_model import save_reward_model
 from diffpref.training.reward_pairs import RewardBatch, RewardPairs
 from diffpref.training.reward_run import Best, RewardRun, prepare, save
 from diffpref.training.run_folder import write_json
+from diffpref.training.step_aware_config import StepAwareConfig
 from diffpref.training.stopping import MAX_SKIPPED, NotFinite, Stopped, StopSignals
 
 RESULT_FILE = "reward_model.json"
@@ -41,14 +41,16 @@ class Fitted:
     """Of the exported weights on the held-out pairs; None without such pairs."""
 
 
-def fit(config: RewardModelConfig) -> Fitted:
+def fit(config: RewardModelConfig, step_aware: StepAwareConfig | None = None) -> Fitted:
     """Fit a reward model and write it into config.output_dir, outputs/reward-model-<time> if that is None.
+
+    step_aware: what the step-aware preference model of SPO needs beside `config`; an ordinary reward model without it.
 
     Raises ValueError for settings and data that cannot work, Stopped after a signal, NotFinite after three non-finite updates in
     a row; in the last two cases the newest checkpoint is complete.
     """
     folder = config.output_dir or f"outputs/reward-model-{time.strftime('%Y%m%d-%H%M%S')}"
-    run = prepare(replace(config, output_dir=folder))
+    run = prepare(replace(config, output_dir=folder), step_aware)
     try:
         train(run)
     finally:
@@ -132,21 +134,29 @@ def finish_step(run: RewardRun, step: int, code: int) -> None:
 
 @torch.no_grad()
 def validate(run: RewardRun, held_out: RewardPairs, step: int) -> None:
-    """Score the held-out pairs, write eval/accuracy (of pairs that are no ties) and eval/loss, and keep the weights if they are best."""
+    """Score the held-out pairs at every level of the view; keep the weights if their mean accuracy is the best so far.
+
+    Writes eval/accuracy (of pairs that are no ties) and eval/loss, means over the levels, and of a step-aware model
+    eval/accuracy_t<level>.
+    """
     size = 2 * run.config.train_batch_size  # nothing is kept for a backward pass
-    chunks = [range(i, min(i + size, len(held_out.pairs))) for i in range(0, len(held_out.pairs), size)]
+    chunks = [[(k, 0) for k in range(i, min(i + size, len(held_out.pairs)))] for i in range(0, len(held_out.pairs), size)]
     run.model.eval()
     with closing(held_out.batches(chunks, run.config.dataloader_num_workers)) as batches:
-        scores = torch.cat([run.scores(run.model, batch).cpu() for batch in batches])
+        parts = [torch.stack([run.scores(run.model, batch, level).cpu() for level in run.view.levels]) for batch in batches]
     run.model.train()
-    p0 = torch.from_numpy(held_out.pairs.p0).float()
-    decided = p0 != 0.5
-    accuracy = float(agreement(scores[decided], p0[decided]).mean())
-    loss = loss_share(label_divergence(scores, p0), torch.tensor(held_out.weights), sum(held_out.weights))
-    run.log.record(step, {"eval/accuracy": accuracy, "eval/loss": float(loss), "eval/pairs": int(decided.sum())})
-    run.say(f"step {step}: held-out accuracy {accuracy:.3f} on {int(decided.sum())} pairs")
+    scores, p0 = torch.cat(parts, 1), torch.from_numpy(held_out.pairs.p0).float()
+    decided, weight = p0 != 0.5, torch.tensor(held_out.weights)
+    each = [float(agreement(at_level[decided], p0[decided]).mean()) for at_level in scores]
+    loss = [float(loss_share(label_divergence(at_level, p0), weight, sum(held_out.weights))) for at_level in scores]
+    accuracy = sum(each) / len(each)
+    found = {"eval/accuracy": accuracy, "eval/loss": sum(loss) / len(loss), "eval/pairs": int(decided.sum())}
+    by_level = {f"t{level}": value for level, value in zip(run.view.levels, each, strict=True) if level is not None}
+    run.log.record(step, found | {f"eval/accuracy_{level}": value for level, value in by_level.items()})
+    listed = ", ".join(f"{level} {value:.3f}" for level, value in by_level.items())
+    run.say(f"step {step}: held-out accuracy {accuracy:.3f} on {int(decided.sum())} pairs" + (f" ({listed})" if listed else ""))
     if run.best is None or accuracy > run.best.accuracy:
-        run.best = Best(step, accuracy, {name: x.detach().to("cpu", copy=True) for name, x in run.trainable.items()})
+        run.best = Best(step, accuracy, {name: x.detach().to("cpu", copy=True) for name, x in run.trainable.items()}, by_level)
 
 
 @torch.no_grad()
@@ -158,6 +168,7 @@ def export(run: RewardRun, step: int) -> None:
             run.trainable[name].copy_(x)
         pairs = int((run.held_out.pairs.p0 != 0.5).sum())
         low, high = wilson_interval(run.best.accuracy * pairs, pairs)
+        result |= {"accuracy_by_timestep": run.best.by_level} if run.best.by_level else {}
         result |= {"held_out_accuracy": run.best.accuracy, "interval_95": [low, high], "held_out_pairs": pairs}
-    save_reward_model(run.model.towers, run.folder, run.config.export_dtype)
+    run.model.save(run.folder, run.config.export_dtype)
     write_json(run.folder / RESULT_FILE, result)

@@ -12,18 +12,20 @@ import copy
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from diffpref.scorers.clip_towers import TRANSFORMERS_FILES, VIT_H, VIT_H_REPO, ClipTowers, load_clip_model, load_towers
 from diffpref.scorers.weights import WeightSource, read_json
 from diffpref.training.reward_config import RewardModelConfig
 
+_WEIGHTS = "model.safetensors"
 _SHARD = "20GB"  # one file, as scorers expect it
 
 
@@ -42,6 +44,10 @@ class RewardModel(nn.Module):
         # Under autocast the towers answer in half precision, in which cosines of good and bad images would often be equal.
         images = F.normalize(images.float(), dim=-1).unflatten(0, pixels.shape[:2])
         return self.towers.scale * (images * F.normalize(texts.float(), dim=-1)[:, None]).sum(-1)
+
+    def save(self, folder: Path, dtype: str) -> None:
+        """Write the scorer into `folder`, see `save_reward_model`."""
+        save_reward_model(self.towers, folder, dtype)
 
 
 def load_reward_model(config: RewardModelConfig, device: torch.device | str) -> RewardModel:
@@ -73,16 +79,21 @@ def new_clip_model(config_file: Path, seed: int) -> Any:
         return CLIPModel(CLIPConfig.from_dict(found)).float()
 
 
-def save_reward_model(towers: ClipTowers, folder: Path, dtype: str) -> None:
-    """Write the scorer into `folder`, complete or not at all; the files that are there already are replaced."""
+def save_reward_model(towers: ClipTowers, folder: Path, dtype: str, weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write the scorer into `folder`, complete or not at all; the files that are there already are replaced.
+
+    weights: what model.safetensors holds in place of the towers.
+    """
     hidden = folder / f".tmp-export-{os.getpid()}"
     shutil.rmtree(hidden, ignore_errors=True)
     try:
         copy.deepcopy(towers.model).to("cpu", getattr(torch, dtype)).save_pretrained(hidden, max_shard_size=_SHARD)
+        if weights is not None:
+            save_file({name: x.detach().to("cpu", getattr(torch, dtype)).contiguous() for name, x in weights.items()}, hidden / _WEIGHTS)
         towers.tokenizer.save_pretrained(hidden)
         towers.tokenizer.backend_tokenizer.model.save(str(hidden))  # vocab.json and merges.txt, for transformers before version 5
         (hidden / "preprocessor_config.json").write_text(json.dumps(preprocessor(towers.image_size), indent=2))
-        for part in sorted(hidden.iterdir(), key=lambda p: p.name == "model.safetensors"):
+        for part in sorted(hidden.iterdir(), key=lambda p: p.name == _WEIGHTS):
             part.replace(folder / part.name)
     finally:
         shutil.rmtree(hidden, ignore_errors=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from diffpref.core.preference import prompt_weights
 from diffpref.data.images import decode_image
 from diffpref.data.pairs import PairDataset
+from diffpref.data.sampler import Item
 from diffpref.scorers.preprocessing import Preprocessing
 
 _AHEAD = 2  # batches that are decoded while the model works on another
@@ -29,6 +30,7 @@ class RewardBatch:
     p0: Tensor  # (G,) float32, probability that image 0 is the better one
     weight: Tensor  # (G,) float64, 1 / pairs of the prompt
     pair_ids: list[str]
+    visits: list[int]  # how often each pair was seen before
 
 
 @dataclass(frozen=True)
@@ -47,16 +49,16 @@ class RewardPairs:
         """Sum of the weights at `indices`; it does not depend on their order."""
         return math.fsum(self.weights[i] for i in indices)
 
-    def batches(self, chunks: Iterable[Sequence[int]], num_workers: int) -> Generator[RewardBatch, None, None]:
-        """One batch per chunk of indices, in their order; `num_workers` threads decode up to two batches ahead.
+    def batches(self, chunks: Iterable[Sequence[Item]], num_workers: int) -> Generator[RewardBatch, None, None]:
+        """One batch per chunk of (index, visit), in their order; `num_workers` threads decode up to two batches ahead.
 
         Raises ValueError, naming the pair, for an image that cannot be decoded.
         """
         with ThreadPoolExecutor(num_workers) as pool:
-            pending: deque[tuple[Sequence[int], list[Future[Tensor]]]] = deque()
+            pending: deque[tuple[Sequence[Item], list[Future[Tensor]]]] = deque()
             try:
                 for chunk in chunks:
-                    pending.append((chunk, [pool.submit(self._pixels, *self._row(i)) for i in chunk]))
+                    pending.append((chunk, [pool.submit(self._pixels, *self._row(i)) for i, _ in chunk]))
                     if len(pending) > _AHEAD:
                         yield self._batch(*pending.popleft())
                 while pending:
@@ -75,11 +77,12 @@ class RewardPairs:
         except ValueError as error:  # ImageError, or too long to be resized
             raise ValueError(f"pair {pair_id}: {error}; load with check_images true to set such rows aside") from error
 
-    def _batch(self, chunk: Sequence[int], futures: list[Future[Tensor]]) -> RewardBatch:
+    def _batch(self, chunk: Sequence[Item], futures: list[Future[Tensor]]) -> RewardBatch:
         return RewardBatch(
             pixels=torch.stack([future.result() for future in futures]),
-            prompts=[self.pairs.prompts[i] for i in chunk],
-            p0=torch.tensor([self.pairs.p0[i] for i in chunk], dtype=torch.float32),
-            weight=torch.tensor([self.weights[i] for i in chunk], dtype=torch.float64),
-            pair_ids=[self.pairs.pair_ids[i] for i in chunk],
+            prompts=[self.pairs.prompts[i] for i, _ in chunk],
+            p0=torch.tensor([self.pairs.p0[i] for i, _ in chunk], dtype=torch.float32),
+            weight=torch.tensor([self.weights[i] for i, _ in chunk], dtype=torch.float64),
+            pair_ids=[self.pairs.pair_ids[i] for i, _ in chunk],
+            visits=[visit for _, visit in chunk],
         )

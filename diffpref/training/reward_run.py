@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 import yaml
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from diffpref.data.pairs import PairDataset, write_rejected
 from diffpref.data.sampler import PairSampler
-from diffpref.scorers.preprocessing import ShortestSideCrop, normalise
+from diffpref.scorers.preprocessing import Preprocessing, ShortestSideCrop, normalise
 from diffpref.training import checkpoint
 from diffpref.training.device import new_accelerator, pairs_per_update
 from diffpref.training.optim import unwrapped
@@ -36,7 +37,37 @@ from diffpref.training.run_folder import (
 )
 from diffpref.training.run_log import RunLog
 from diffpref.training.saving import CheckpointWriter
-from diffpref.training.settings import to_flat
+from diffpref.training.settings import Settings, to_flat
+from diffpref.training.step_aware import StepAwareModel, load_step_aware, relabelled
+from diffpref.training.step_aware_config import StepAwareConfig
+
+
+class View(Protocol):
+    """What a model sees of a batch."""
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """How pictures are decoded."""
+
+    @property
+    def levels(self) -> tuple[int | None, ...]:
+        """Noise levels that held-out pairs are looked at; None is no noise at all."""
+
+    def __call__(self, batch: RewardBatch, level: int | None = None) -> tuple[Tensor, ...]:
+        """What comes before the prompts in a call of the model, on its device."""
+
+
+@dataclass(frozen=True)
+class PlainView:
+    """The pictures themselves, as the finished scorer sees them."""
+
+    preprocessing: Preprocessing
+    device: torch.device
+    levels: tuple[int | None, ...] = (None,)
+
+    def __call__(self, batch: RewardBatch, level: int | None = None) -> tuple[Tensor, ...]:
+        """Normalised pictures (G, 2, 3, S, S)."""
+        return (normalise(batch.pixels.to(self.device).flatten(0, 1)).unflatten(0, (-1, 2)),)
 
 
 @dataclass(frozen=True)
@@ -46,6 +77,7 @@ class Best:
     step: int
     accuracy: float
     weights: dict[str, Tensor]  # copies on the CPU
+    by_level: dict[str, float] = field(default_factory=dict)  # accuracies of a step-aware model, "t<timestep>" each
 
 
 @dataclass
@@ -55,7 +87,8 @@ class RewardRun:
     config: RewardModelConfig
     accelerator: Accelerator
     folder: Path
-    model: RewardModel
+    model: RewardModel | StepAwareModel
+    view: View
     wrapped: nn.Module  # as accelerate prepared it; every forward with gradients goes through it
     trainable: dict[str, Tensor]
     optimizer: torch.optim.Optimizer
@@ -87,7 +120,7 @@ class RewardRun:
             first_step=self.first_step,
         )
         needed = (config.max_train_steps - self.first_step) * config.gradient_accumulation_steps
-        return self.data.batches(([i for i, _ in next(micro)] for _ in range(needed)), config.dataloader_num_workers)
+        return self.data.batches((next(micro) for _ in range(needed)), config.dataloader_num_workers)
 
     def total_weight(self, step: int) -> float:
         """Weight of all pairs of one update. The order is known to every rank, so nothing has to be sent."""
@@ -99,25 +132,28 @@ class RewardRun:
         )
         return self.data.total_weight(i for batch in items for i, _ in batch)
 
-    def scores(self, module: nn.Module, batch: RewardBatch) -> Tensor:
-        """Scaled scores (G, 2) in float32."""
-        pixels = normalise(batch.pixels.to(self.accelerator.device).flatten(0, 1)).unflatten(0, (-1, 2))
+    def scores(self, module: nn.Module, batch: RewardBatch, level: int | None = None) -> Tensor:
+        """Scaled scores (G, 2) in float32; level: one of the view's, in place of the batch's own."""
         with self.accelerator.autocast():
-            return module(pixels, batch.prompts).float()
+            return module(*self.view(batch, level), batch.prompts).float()
 
 
-def prepare(config: RewardModelConfig) -> RewardRun:
-    """Check, load and connect everything; the cheap checks come first. Raises ValueError for whatever the user can mend."""
+def prepare(config: RewardModelConfig, step_aware: StepAwareConfig | None = None) -> RewardRun:
+    """Check, load and connect everything; the cheap checks come first. Raises ValueError for whatever the user can mend.
+
+    step_aware: what the model of SPO needs beside `config`; an ordinary reward model without it.
+    """
     shared = config.shared()
     accelerator = new_accelerator(shared)
-    folder, resume = claim_folder(Path(str(config.output_dir)), to_flat(config), config.resume_from_checkpoint, accelerator)
+    settings = to_flat(*(part for part in (config, step_aware) if part))
+    folder, resume = claim_folder(Path(str(config.output_dir)), settings, config.resume_from_checkpoint, accelerator)
     pairs, held_out = load_run_pairs(shared, accelerator.is_main_process)
+    pairs, held_out = relabelled((pairs, held_out), step_aware, accelerator)
     if held_out is not None and (held_out.p0 == 0.5).all():
         raise ValueError(
             f"held_out_pairs is {config.held_out_pairs}, but all of those pairs are ties, on which no model can be chosen; raise it"
         )
-    model = load_reward_model(config, accelerator.device)
-    preprocessing = ShortestSideCrop(model.towers.image_size)
+    model, view = load_step_aware(config, step_aware, accelerator) if step_aware else load_plain(config, accelerator.device)
     trainable: dict[str, Tensor] = dict(model.named_parameters())
     optimizer = torch.optim.AdamW(
         trainable.values(),
@@ -134,31 +170,37 @@ def prepare(config: RewardModelConfig) -> RewardRun:
     wrapped, prepared = accelerator.prepare(model, optimizer)
     if accelerator.is_main_process:
         checkpoint.set_aside_after(folder, first_step)
-        open_folder(folder, config, pairs, held_out, accelerator)
+        open_folder(folder, config, settings, pairs, held_out, accelerator)
     return RewardRun(
         config=config,
         accelerator=accelerator,
         folder=folder,
         model=model,
+        view=view,
         wrapped=wrapped,
         trainable=trainable,
         optimizer=prepared,
         rate=lambda step: config.learning_rate * schedule(step),
-        data=RewardPairs(pairs, preprocessing),
+        data=RewardPairs(pairs, view.preprocessing),
         sampler=PairSampler(len(pairs), config.seed),
-        held_out=None if held_out is None else RewardPairs(held_out, preprocessing),
+        held_out=None if held_out is None else RewardPairs(held_out, view.preprocessing),
         log=RunLog(accelerator, folder, config.max_train_steps, pairs_per_update(shared, accelerator), first_step),
         first_step=first_step,
         best=best if accelerator.is_main_process else None,
     )
 
 
+def load_plain(config: RewardModelConfig, device: torch.device) -> tuple[RewardModel, PlainView]:
+    """An ordinary reward model and what it sees."""
+    model = load_reward_model(config, device)
+    return model, PlainView(ShortestSideCrop(model.towers.image_size), device)
+
+
 def open_folder(
-    folder: Path, config: RewardModelConfig, pairs: PairDataset, held_out: PairDataset | None, accelerator: Accelerator
+    folder: Path, config: RewardModelConfig, settings: Settings, pairs: PairDataset, held_out: PairDataset | None, accelerator: Accelerator
 ) -> None:
     """Create the run folder with resolved settings, manifest and rejected rows."""
     make_folder(folder)
-    settings = to_flat(config)
     write_whole(folder / CONFIG_FILE, yaml.safe_dump(settings, sort_keys=False))
     if pairs.rejected:
         write_rejected(pairs, folder / "rejected_rows.jsonl")
@@ -216,7 +258,7 @@ def save(run: RewardRun, step: int) -> bool:
         state = {
             "pairs_per_update": pairs_per_update(run.config.shared(), run.accelerator),
             "data": run.data.pairs.fingerprint,
-            "best": {"step": run.best.step, "accuracy": run.best.accuracy} if run.best else None,
+            "best": {"step": run.best.step, "accuracy": run.best.accuracy, "by_level": run.best.by_level} if run.best else None,
         }
         save = run.writer.save_last if step == run.config.max_train_steps else run.writer.save
         saved = save(step, tensors, state)

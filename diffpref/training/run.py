@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,9 +20,8 @@ from diffpref.core.policy import adapter_off, frozen, stored, without_user
 from diffpref.core.process import DdpmProcess
 from diffpref.core.random import derived
 from diffpref.core.types import Conditioning, Predict, PreferenceBatch
-from diffpref.data.pairs import PairDataset
-from diffpref.data.sampler import PairSampler
 from diffpref.models.backbone import Backbone
+from diffpref.sources.stepwise import StepScorer
 from diffpref.training import checkpoint
 from diffpref.training.alarms import held_out_alarm
 from diffpref.training.config import TrainConfig
@@ -31,19 +29,18 @@ from diffpref.training.device import check_ranks_agree, check_same_weights, new_
 from diffpref.training.ema import exchanged
 from diffpref.training.hub import claim_repository
 from diffpref.training.models import load_models
-from diffpref.training.objective import Objective, fitted
+from diffpref.training.objective import Objective
 from diffpref.training.optim import check_optimizer
-from diffpref.training.order import new_sampler
-from diffpref.training.pairs import load_run_pairs
-from diffpref.training.port import Port, new_port
+from diffpref.training.port import Port
 from diffpref.training.preflight import Preflight
 from diffpref.training.probe import probe
 from diffpref.training.reference_errors import check_reference_errors, open_or_compute, with_errors
+from diffpref.training.run_data import Begin, RunPairs, RunPrompts, load_run_data
 from diffpref.training.run_folder import claim, open_folder
 from diffpref.training.run_log import RunLog
 from diffpref.training.saving import CheckpointWriter
 from diffpref.training.settings import to_flat
-from diffpref.training.sources import held_out_accuracy, new_encoder, new_pixels, new_source
+from diffpref.training.sources import held_out_accuracy
 from diffpref.training.state import TrainingState
 from diffpref.training.trackers import log_images, start_trackers
 from diffpref.training.validation import Validation, load_scorer
@@ -187,31 +184,29 @@ class Run:
             yield
 
 
-def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] = ()) -> Run:
-    """Check, load and connect everything; the cheap checks come first. Raises ValueError for whatever the user can mend."""
+def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] = (), step_scorer: StepScorer | None = None) -> Run:
+    """Check, load and connect everything, the cheap checks first; step_scorer: see `align`. Raises ValueError for what a user can mend."""
     notes = [*notes, *check_optimizer(config)]
     accelerator = new_accelerator(config)
     accelerator.print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     preflight = Preflight(config, accelerator)
     preflight.check_start(Path(str(config.output_dir)))
     folder, resume, repository = claim_places(config, objective, accelerator)
-    objective, pairs, held_out, port = load_data(config, objective, accelerator)
+    objective, data = load_run_data(config, objective, accelerator, step_scorer)
     scorer = load_scorer(config.validation_scorer, accelerator.device) if accelerator.is_main_process else None
     with preflight.loading():
-        backbone, module, frozen_copy = load_models(config, objective, accelerator.device, port)
-    pixels = new_pixels(config, pairs, backbone, objective.groups, accelerator.is_main_process)
-    sampler = new_sampler(config, pixels)
-    preflight.config = config = with_steps(config, sampler, accelerator)
-    preflight.check_model(objective, backbone, module, pixels, folder, resume)
-    state = TrainingState.start(config, module, accelerator, objective, pixels)
+        backbone, module, frozen_copy = load_models(config, objective, accelerator.device, data.port)
+    supply = data.supply(config, objective, backbone, accelerator)
+    preflight.config = config = supply.config
+    preflight.check_model(objective, backbone, module, supply.pictures, folder, resume)
+    state = TrainingState.start(config, module, accelerator, objective, supply.pictures)
     wrapped, optimizer = accelerator.prepare(module, state.optimizer)
     if module is not backbone.denoiser:
         accelerator.prepare_model(backbone.denoiser, evaluation_mode=True)  # pictures are then drawn in the precision of training
     validates = config.validation_steps and accelerator.is_main_process
-    validation = Validation.start(config, folder, backbone.pipeline, held_out, scorer) if validates else None
-    first_step = restore(resume, folder, state, config, accelerator, pairs.fingerprint)
+    validation = Validation.start(config, folder, backbone.pipeline, data.held_out, scorer) if validates else None
+    first_step = restore(resume, folder, state, config, accelerator, data.fingerprint)
     policy, alone = backbone.predictor(wrapped), backbone.predictor(module)  # held-out pairs are one process's work
-    encoder = new_encoder(config, backbone, accelerator.device, pixels.num_pictures)
     run = Run(
         config=config,
         objective=objective,
@@ -222,58 +217,39 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
         trainable=state.trainable,
         policy=policy,
         reference=new_reference(backbone, module, frozen_copy, policy, state) if objective.needs_reference else None,
-        null=encoder.null_prompt,
+        null=supply.encoder.null_prompt,
         optimizer=optimizer,
         scheduler=state.scheduler,
         state=state,
         validation=validation,
-        data=pairs.fingerprint,
-        port=port,
+        data=data.fingerprint,
+        port=data.port,
         first_step=first_step,
         repository=repository,
     )
-    begin(run, preflight, partial(new_source, pixels=pixels, sampler=sampler, encoder=encoder, accelerator=accelerator), pairs, notes)
-    if validation and held_out is not None and objective.needs_reference:
+    begin(run, preflight, supply.begin, data, notes)
+    if validation and data.held_out is not None and objective.needs_reference:
         compared = alone, new_reference(backbone, module, frozen_copy, alone, state)
-        validation.accuracy = held_out_accuracy(config, held_out, objective.groups, backbone, compared, encoder, port)
+        validation.accuracy = held_out_accuracy(config, data.held_out, objective.groups, backbone, compared, supply.encoder, data.port)
     return run
 
 
-def load_data(
-    config: TrainConfig, objective: Objective, accelerator: Accelerator
-) -> tuple[Objective, PairDataset, PairDataset | None, Port | None]:
-    """The objective fitted to its data, training and held-out pairs, and what the policy is conditioned on besides prompts.
-
-    Raises ValueError for data that cannot be used.
-    """
-    pairs, held_out = load_run_pairs(config, accelerator.is_main_process, objective.groups)
-    objective, pairs = fitted(objective, pairs)
-    if objective.conditioning is None:
-        return objective, pairs, held_out, None
-    port = new_port(objective.conditioning, config, pairs, held_out, accelerator.is_main_process)
-    return objective, port.pairs, held_out, port
-
-
-def begin(
-    run: Run, preflight: Preflight, source: Callable[..., Iterator[PreferenceBatch]], pairs: PairDataset, notes: Sequence[str]
-) -> None:
-    """Probe; then what takes long or leaves a trace: the source, which may keep all latents, the folder, trackers and the log.
-
-    source: new_source, but for settings and first step.
-    """
+def begin(run: Run, preflight: Preflight, source: Begin, data: RunPairs | RunPrompts, notes: Sequence[str]) -> None:
+    """Probe; then what takes long or leaves a trace: the source, which may keep all latents, the folder, trackers and the log."""
     config, accelerator = run.config, run.accelerator
     if preflight.probes:
         plain = dataclasses.replace(config, cache_latents=False, dataloader_num_workers=0)
-        probe(run, source(config=plain, first_step=run.first_step), preflight)
+        probe(run, source(run, plain, run.first_step), preflight)
     check_ranks_agree(accelerator, {"data": run.data, **to_flat(dataclasses.replace(config, output_dir=None), *run.objective.parts)})
-    source = partial(source, port=run.port)
-    run.source_from = lambda config, first_step: source(config=config, first_step=first_step)
+    run.source_from = partial(source, run)
     if config.reference_errors is not None:
-        errors = open_or_compute(run, partial(source, config=config, first_step=0))
-        run.source_from = lambda config, first_step: with_errors(source(config=config, first_step=first_step), errors, config.seed)
+        errors = open_or_compute(run, partial(source, run, config, 0))
+        run.source_from = lambda config, first_step: with_errors(source(run, config, first_step), errors, config.seed)
         run.reference = None
     run.open_source(run.first_step)
-    open_folder(run.folder, config, run.objective, pairs, accelerator, run.backbone, notes, preflight.found)
+    open_folder(run.folder, config, run.objective, data.facts(), accelerator, run.backbone, notes, preflight.found)
+    if accelerator.is_main_process:
+        data.write_rejected(run.folder)
     start_trackers(accelerator, config.tracker_project_name, to_flat(config, *run.objective.parts), run.first_step)
     run.log = RunLog(accelerator, run.folder, config.max_train_steps, pairs_per_update(config, accelerator), run.first_step)
     report = partial(run.log.event, kind="not saved")
@@ -299,15 +275,6 @@ def new_reference(backbone: Backbone, module: nn.Module, frozen_copy: nn.Module 
     if state.reference is not None:
         return without_user(stored(policy, state.trainable, state.reference))
     return without_user(adapter_off(module, policy)) if frozen_copy is None else frozen(backbone.predictor, frozen_copy)
-
-
-def with_steps(config: TrainConfig, sampler: PairSampler, accelerator: Accelerator) -> TrainConfig:
-    """Settings whose max_train_steps are num_train_epochs passes over the pairs, if those are given; the last pass is completed."""
-    if config.num_train_epochs is None:
-        return config
-    micro_batches = sampler.num_micro_batches(config.num_train_epochs, config.train_batch_size)
-    steps = math.ceil(micro_batches / (config.gradient_accumulation_steps * accelerator.num_processes))
-    return dataclasses.replace(config, max_train_steps=steps)
 
 
 def check_reference(config: TrainConfig, objective: Objective) -> None:

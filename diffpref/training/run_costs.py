@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Protocol
+
 from accelerate import Accelerator
 from torch import nn
 
-from diffpref.data.loader import PairPixels
 from diffpref.models.backbone import Backbone, vae_factor
 from diffpref.models.lora import ATTENTION
 from diffpref.training.config import TrainConfig
@@ -20,6 +21,25 @@ PLENTY = 4
 """On a CPU nothing is counted when a loose upper bound fits this often: counting takes half a second or more."""
 
 
+class Pictures(Protocol):
+    """What is known of the pictures of a run; PairPixels is one, for stored pairs."""
+
+    @property
+    def resolution(self) -> int:
+        """Side in pixels."""
+
+    @property
+    def num_pictures(self) -> int:
+        """Pictures that are decoded for a group."""
+
+    @property
+    def slots(self) -> tuple[int, ...]:
+        """The picture of each image of a group."""
+
+    def __len__(self) -> int:
+        """Stored groups."""
+
+
 class RunCosts:
     """Memory and FLOPs of a run on a device that has `budget` bytes to give."""
 
@@ -29,7 +49,7 @@ class RunCosts:
         objective: Objective,
         backbone: Backbone,
         module: nn.Module,
-        pixels: PairPixels,
+        pixels: Pictures,
         accelerator: Accelerator,
         budget: int,
     ) -> None:
@@ -70,6 +90,8 @@ class RunCosts:
             return self._bound
         vae = self.backbone.pipeline.vae
         peaks = [self.step(config).activations, vae_bytes(vae, pictures_at_once(config, self.pictures), self.resolution)]
+        if self.objective.source:
+            peaks.append(vae_bytes(vae, self.objective.source.rollout_batch_size, self.resolution, decode=True))
         if config.validation_steps:
             drawn = min(config.num_validation_images, 4)
             peaks.append(vae_bytes(vae, drawn, self.backbone.default_resolution, decode=True))
@@ -79,7 +101,7 @@ class RunCosts:
         """One micro-batch of the policy at one step on the path; with guidance each picture is there twice."""
         key = (config.train_batch_size, config.gradient_checkpointing)
         if key not in self._steps:
-            guided = getattr(self.objective.path, "guidance_scale", 1.0) != 1
+            guided = self.objective.guidance_scale != 1
             groups = (config.train_batch_size * (1 + guided), self.images_per_group)
             how = {"autocast": self.autocast, "checkpointing": key[1], "on_gpu": self.on_gpu}
             self._steps[key] = step_cost(self.backbone, self.module, groups, self.resolution, **how)

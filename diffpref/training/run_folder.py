@@ -18,7 +18,6 @@ import torch
 import yaml
 from accelerate import Accelerator
 
-from diffpref.data.pairs import PairDataset, write_rejected
 from diffpref.models.backbone import Backbone
 from diffpref.training.checkpoint import find_checkpoint
 from diffpref.training.config import TrainConfig
@@ -177,24 +176,21 @@ def open_folder(
     folder: Path,
     config: TrainConfig,
     method: Objective,
-    pairs: PairDataset,
+    data: Mapping[str, Any],
     accelerator: Accelerator,
     backbone: Backbone,
     notes: Sequence[str] = (),
     preflight: Mapping[str, Any] | None = None,
 ) -> None:
-    """Create the run folder with resolved settings, manifest and rejected rows, now that everything is loaded.
+    """Create the run folder with resolved settings and manifest, now that everything is loaded.
 
-    The manifest holds versions, revision, data fingerprint, what the preflight found, and the numbers that are usually hidden: rate
-    and pairs per update.
+    The manifest holds versions, revision, what is known of the `data`, what the preflight found, and the numbers that are usually
+    hidden: rate and pairs per update.
     """
     if not accelerator.is_main_process:
         return
     make_folder(folder)
     write_whole(folder / CONFIG_FILE, yaml.safe_dump(to_flat(config, *method.parts), sort_keys=False))
-    if pairs.rejected:
-        write_rejected(pairs, folder / "rejected_rows.jsonl")
-        print(f"rejected rows are listed in {folder / 'rejected_rows.jsonl'}", file=sys.stderr)
     per_update, rate = pairs_per_update(config, accelerator), effective_learning_rate(config, accelerator)
     manifest = {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -209,7 +205,7 @@ def open_folder(
         "device": str(accelerator.device),
         "model_family": backbone.family,
         "prediction_type": backbone.process.prediction_type,
-        "data": {"pairs": len(pairs), "ties": pairs.ties, "rejected": len(pairs.rejected), "fingerprint": pairs.fingerprint},
+        "data": dict(data),
         "preflight": dict(preflight or {}),
         "git_revision": git_revision(),
         "versions": versions(),

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from diffpref.core.policy import blend
 from diffpref.data.loader import PairPixels
 from diffpref.models.lora import trainable_state
+from diffpref.sources.rollouts import RolloutState
 from diffpref.training import checkpoint
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import effective_learning_rate
@@ -22,6 +23,7 @@ from diffpref.training.ema import Ema, evaluation_mode, exchanged
 from diffpref.training.objective import Objective
 from diffpref.training.optim import move_schedule, new_optimizer, new_schedule
 from diffpref.training.reliability import Reliability
+from diffpref.training.run_costs import Pictures
 from diffpref.training.stopping import EarlyStopping
 
 
@@ -41,10 +43,11 @@ class TrainingState:
     reliability: Reliability | None
     data_key: int = 0
     """How often the run went back to a checkpoint; each time the draws after it become others."""
+    rollout: RolloutState | None = None  # of a run that samples its own pairs
 
     @classmethod
     def start(
-        cls, config: TrainConfig, module: nn.Module, accelerator: Accelerator, objective: Objective, pixels: PairPixels
+        cls, config: TrainConfig, module: nn.Module, accelerator: Accelerator, objective: Objective, pictures: Pictures
     ) -> TrainingState:
         """The state before the first step. `module` is on its device. Raises ValueError for a rate that the schedule cannot have."""
         trainable = trainable_state(module)
@@ -56,8 +59,10 @@ class TrainingState:
             keys = {"implicit_accuracy": "eval/implicit_accuracy", "scorer": f"eval/{scorer}/mean"}
             early = EarlyStopping(config.early_stopping_patience, keys[config.early_stopping_metric])
         moving = {name: p.detach().clone() for name, p in trainable.items()} if config.reference_update_steps else None
-        reliability = Reliability.start(objective.method, pixels)
-        return cls(trainable, optimizer, new_schedule(config, optimizer), ema, early, accelerator.scaler, moving, reliability)
+        reliability = Reliability.start(objective.method, pictures) if isinstance(pictures, PairPixels) else None
+        rollout = RolloutState() if objective.source else None
+        schedule = new_schedule(config, optimizer)
+        return cls(trainable, optimizer, schedule, ema, early, accelerator.scaler, moving, reliability, rollout=rollout)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
         """For a checkpoint, by file; call it while the trained weights are in place."""
@@ -66,6 +71,7 @@ class TrainingState:
             "optimizer": checkpoint.optimizer_tensors(self.trainable, self.optimizer),
         }
         found |= {"ema": self.ema.average} if self.ema else {}
+        found |= {"rollout": pairs} if self.rollout and (pairs := self.rollout.tensors()) else {}
         found |= {"reference": self.reference} if self.reference else {}
         return found | ({"reliability": {"eta": self.reliability.eta}} if self.reliability else {})
 
@@ -83,6 +89,8 @@ class TrainingState:
             found["ema"] = {"updates": self.ema.updates}
         if self.early_stopping:
             found["early_stopping"] = self.early_stopping.state()
+        if self.rollout:
+            found["rollout"] = self.rollout.numbers()
         return found
 
     def restore(self, tensors: Mapping[str, Mapping[str, Tensor]], numbers: Mapping[str, Any]) -> None:
@@ -100,6 +108,8 @@ class TrainingState:
             self.reliability.eta = tensors["reliability"]["eta"]
         for name, x in (self.reference or {}).items():
             x.copy_(tensors["reference"][name])
+        if self.rollout:
+            self.rollout.restore(numbers["rollout"], tensors.get("rollout", {}))
 
     def follow(self, config: TrainConfig, step: int, device: torch.device) -> None:
         """After optimizer step `step`, counted from 1: move what follows the policy. Every process must call it."""

@@ -63,6 +63,7 @@ class Form:
 
 DMPO_AT_ZERO = float(reverse_kl(torch.zeros(1, dtype=torch.float64), torch.full((1,), 0.99, dtype=torch.float64)))
 FORMS = {
+    "dense_reward": Form("dense_reward", {"beta": 2.0, "log_ratio_range": 9.0}, 3, constant(math.log(6))),
     "diffusion_dpo": Form("diffusion_dpo", {"beta": 2.0}, at_reference=constant(LOG_TWO)),
     "smoothed": Form("diffusion_dpo", {"beta": 2.0, "label_smoothing": 0.1}, at_reference=constant(LOG_TWO)),
     "hinge": Form("diffusion_dpo", {"beta": 0.5, "loss_type": "hinge"}, at_reference=constant(1.0)),
@@ -96,6 +97,7 @@ FORMS = {
     "odpo_ipo": Form("odpo", {"beta": 2.0, "alpha": 0.0, "loss_type": "ipo"}, at_reference=constant(1 / 16)),
     "smpo_hinge": Form("smpo", {"beta": 0.5, "gamma": 1.0, "score": None, "loss_type": "hinge"}, at_reference=constant(1.0)),
     "sft": Form("sft", images=1, at_reference=own_error),
+    "spo": Form("spo", {"beta": 2.0, "clip_range": 0.0}, at_reference=constant(LOG_TWO)),  # the clip has tests of its own
     "smpo": Form("smpo", {"beta": 2.0, "gamma": 1.0, "score": None}, at_reference=constant(LOG_TWO)),
     "smpo_scores": Form(
         "smpo", {"beta": 2.0, "gamma": 5.0, "score": "score", "score_min": 0.0, "score_max": 1.0}, at_reference=constant(LOG_TWO)
@@ -137,7 +139,7 @@ def some(case: Case, rows: list[int]) -> Case:
 
 def test_the_registry_holds_exactly_these() -> None:
     assert set(METHODS) == {form.method for form in FORMS.values()}
-    assert len(METHODS) == 14
+    assert len(METHODS) == 16
 
 
 @pytest.mark.parametrize("name", list(METHODS))

@@ -18,6 +18,8 @@ from diffpref.guards import GUARDS, guarded
 from diffpref.methods import METHODS, DiffusionDPO, DiffusionKTO
 from diffpref.methods.recipes import RECIPES, Recipe
 from diffpref.paths import PATHS
+from diffpref.paths.recorded import transition_step
+from diffpref.sources import SOURCES
 
 PROCESS = DdpmProcess.from_betas(torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2)
 NULL = Conditioning(torch.zeros(1, 1, 2, 3, dtype=torch.float64))
@@ -51,15 +53,21 @@ class Counted:
         return self.network(x_t, timesteps, cond)
 
 
-def groups_of(images: int, groups: int) -> PreferenceBatch:
-    """Groups with scores of every name that a recipe asks for."""
+def groups_of(images: int, groups: int, recorded: bool = False) -> PreferenceBatch:
+    """Groups with scores of every name that a recipe asks for; recorded: with one caption each, as a source that samples has."""
     maker = torch.Generator().manual_seed(1)
     latents = torch.randn(groups, images, 2, 3, 3, generator=maker, dtype=torch.float64)
     words = torch.randn(groups, images, 2, 3, generator=maker, dtype=torch.float64)
     relevance = torch.linspace(1, 0, max(images, 2), dtype=torch.float64)[:images].expand(groups, images)
     scores = {name: 0.2 + 0.02 * torch.randn(groups, images, generator=maker, dtype=torch.float64) for name in ("score", "pickscore")}
     ids = tuple(f"pair-{i}" for i in range(groups))
-    return PreferenceBatch(latents, Conditioning(words), relevance, ids, (0,) * groups, scores, torch.linspace(0.5, 2, groups))
+    weight = torch.linspace(0.5, 2, groups)
+    t, p = torch.full((groups, images), 601), torch.full((groups, images), 551)
+    cond = Conditioning(words[:, :1].expand_as(words)) if images == 2 else Conditioning(words)
+    x_t = latents[:, :1].expand_as(latents)
+    x_p = x_t + torch.randn(latents.shape, generator=maker, dtype=torch.float64)
+    steps = tuple(transition_step(PROCESS, x_t, x_p + k, t - k, p - k, guidance_scale=2.0, shared_input=True) for k in range(2))
+    return PreferenceBatch(latents, cond if recorded else Conditioning(words), relevance, ids, (0,) * groups, scores, weight, steps=steps)
 
 
 def rows(batch: PreferenceBatch, index: Sequence[int]) -> PreferenceBatch:
@@ -75,6 +83,10 @@ def rows(batch: PreferenceBatch, index: Sequence[int]) -> PreferenceBatch:
         visits=tuple(batch.visits[i] for i in chosen),
         scores={name: x[chosen] for name, x in batch.scores.items()},
         weight=batch.weight[chosen],
+        steps=tuple(
+            replace(step, **{n: getattr(step, n)[chosen] for n in ("x_t", "timesteps", "target", "weight", "log_snr")})
+            for step in batch.steps
+        ),
     )
 
 
@@ -86,6 +98,8 @@ def images_of(recipe: Recipe) -> int:
 def run(recipe: Recipe, batch: PreferenceBatch, policy: Predict, reference: Predict | None) -> Tensor:
     """Loss per group of a recipe, as the training loop would compute it."""
     settings: dict[str, Any] = dict(recipe.settings)
+    if recipe.method == "dense_reward":
+        settings["log_ratio_range"] = 5.0
     gentle = {key: value for key, value in GENTLE.items() if hasattr(METHODS[recipe.method], key) and recipe.method != "mapo"}
     if recipe.method == "smpo" and "score_min" not in settings:
         settings["score_min"], settings["score_max"] = 0.1, 0.3  # the run takes them from the data
@@ -107,7 +121,7 @@ def networks() -> tuple[Counted, Counted, Tensor]:
 def test_names() -> None:
     assert METHODS.keys() <= RECIPES.keys()
     assert all(RECIPES[name].method == name for name in METHODS)
-    assert len(RECIPES) == 23
+    assert len(RECIPES) == 27
     assert {recipe.path for recipe in RECIPES.values()} == set(PATHS)
 
 
@@ -116,6 +130,9 @@ def test_every_recipe_resolves_with_its_published_settings(name: str) -> None:
     recipe = RECIPES[name]
     METHODS[recipe.method](**dict(recipe.settings))
     PATHS[recipe.path](**dict(recipe.path_settings))
+    assert (recipe.source is not None) == (recipe.path == "recorded")
+    if recipe.source is not None:
+        SOURCES[recipe.source](**dict(recipe.source_settings))
     for guard, own in recipe.guards.items():
         GUARDS[guard](**dict(own))
 
@@ -123,7 +140,7 @@ def test_every_recipe_resolves_with_its_published_settings(name: str) -> None:
 @each_recipe
 def test_a_batch_is_its_pairs_one_by_one(name: str) -> None:
     recipe, (policy, reference, _) = RECIPES[name], networks()
-    batch = groups_of(images_of(recipe), 5)
+    batch = groups_of(images_of(recipe), 5, recipe.source is not None)
     whole = run(recipe, batch, policy, reference)
     assert whole.shape == (5,)
     assert float(whole.detach().std()) > 0
@@ -163,6 +180,7 @@ COSTS: dict[str, tuple[float, Callable[[], float]]] = {
     "rank_dpo": (3, lambda: 3),
     "inpo": (2, lambda: 2 + 2 * moves("inpo")),
     "smpo": (2, lambda: 2 + 2 * 2 * moves("smpo")),
+    "spo": (2 * 2, lambda: 2 * 2),  # two recorded steps here, guided; both samples of a step share its input
     "inversion_dpo": (4 * 6, lambda: 2 * 4 * 6),  # guidance doubles; inversion and comparison by the reference
 }
 
@@ -170,7 +188,7 @@ COSTS: dict[str, tuple[float, Callable[[], float]]] = {
 @pytest.mark.parametrize("name", list(COSTS))
 def test_network_evaluations_per_group(name: str) -> None:
     recipe, (policy, reference, _) = RECIPES[name], networks()
-    run(recipe, groups_of(images_of(recipe), 5), policy, reference)
+    run(recipe, groups_of(images_of(recipe), 5, recipe.source is not None), policy, reference)
     with_graph, without = COSTS[name]
     assert policy.seen[True] == 5 * with_graph
     assert policy.seen[False] + sum(reference.seen.values()) == pytest.approx(5 * without())

@@ -51,8 +51,8 @@ def test_names() -> None:
 @pytest.mark.parametrize(
     ("ask", "said"),
     [
-        (("pdo",), "method is 'pdo'; accepted: diffusion_dpo"),
-        (("mapo", {}, "sideways"), "path is 'sideways'; accepted: forward, inversion, trajectory"),
+        (("pdo",), "method is 'pdo'; accepted: dense_reward, diffusion_dpo"),
+        (("mapo", {}, "sideways"), "path is 'sideways'; accepted: forward, inversion, recorded, trajectory"),
         (("mapo", {}, None, ["helmet"]), "guards has 'helmet'; accepted: sdpo"),
     ],
 )
@@ -61,10 +61,15 @@ def test_unknown_names_are_named(ask: tuple[Any, ...], said: str) -> None:
         build_objective(ask[0], *(ask[1:] or ({},)))
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [name for name, line in RECIPES.items() if line.settings.get("score", "") == "" and name != "odpo" and line.conditioning is None],
-)
+FROM_FILES = [
+    name
+    for name, line in RECIPES.items()
+    if line.settings.get("score", "") == "" and name != "odpo" and line.conditioning is None and line.source is None
+]
+"""Those that need neither scores nor users; the others have tests of their own, as those that sample have (test_on_policy.py)."""
+
+
+@pytest.mark.parametrize("recipe", FROM_FILES)
 def test_every_recipe_takes_a_step(recipe: str, base_settings: Settings, tmp_path: Path) -> None:
     names = objective_names(recipe)
     objective = build_objective(recipe, {name: value for name, value in SMALL.items() if name in names})
