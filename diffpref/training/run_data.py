@@ -184,6 +184,7 @@ _OF_PAIRS = (
     *("train_data_dir", "dataset_name", "streaming", "max_train_samples", "held_out_pairs", "label_noise_prob", "tie_policy"),
     *("choice_model", "random_crop", "no_hflip", "aspect_ratio_buckets", "proportion_empty_prompts", "cache_latents"),
     *("dataloader_num_workers", "num_train_epochs", "desirable_share", "curriculum_stages", "rarity_score", "list_size", "caption_edits"),
+    *("latent_cache", "reference_errors"),
 )
 """Settings of stored pairs that a method that samples its own would ignore."""
 
