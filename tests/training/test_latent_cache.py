@@ -124,6 +124,7 @@ def test_pictures_and_prompts_that_repeat_are_stored_once(make_cache: Callable[.
     assert len(store.prompts.key) == len(cache.stored(store.folder, cache.PROMPTS)) == 6
 
 
+@pytest.mark.reliability("D12")
 def test_an_interrupted_build_goes_on_and_new_pairs_are_added(
     make_cache: Callable[..., Path], shaped_file: Path, monkeypatch: pytest.MonkeyPatch, run_training: Go
 ) -> None:
@@ -167,6 +168,7 @@ MISMATCHES: dict[str, tuple[Settings, str]] = {
 }
 
 
+@pytest.mark.reliability("D12")
 def test_other_settings_are_refused_with_both_values(
     make_cache: Callable[..., Path], prepare: Callable[..., Run], sdxl_folder: Path
 ) -> None:
@@ -179,6 +181,7 @@ def test_other_settings_are_refused_with_both_values(
         make_cache("cache", no_hflip=True, resolution=48)
 
 
+@pytest.mark.reliability("D12")
 def test_other_pictures_under_the_same_names_are_noticed(
     make_cache: Callable[..., Path], prepare: Callable[..., Run], pair_columns: dict[str, list[Any]], tmp_path: Path
 ) -> None:
@@ -189,6 +192,7 @@ def test_other_pictures_under_the_same_names_are_noticed(
         prepare("run", train_data_dir=str(tmp_path / "turned.parquet"), latent_cache=str(folder))
 
 
+@pytest.mark.reliability("D12")
 def test_damage_is_found_and_mended(make_cache: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_cache("cache")
     (latents,) = folder.glob("latents-*")
