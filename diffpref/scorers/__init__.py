@@ -16,6 +16,7 @@ from diffpref.scorers.image_reward import load_image_reward
 from diffpref.scorers.mps import load_mps
 from diffpref.scorers.pickscore import load_pickscore
 from diffpref.scorers.scorer import Scorer
+from diffpref.scorers.step_aware import load_spm
 
 # Each is called as loader(weights, device): weights is a hub id, a folder, a file, or None for the released repository.
 SCORERS: dict[str, Callable[[str | None, torch.device | str], Scorer]] = {
@@ -34,6 +35,8 @@ SCORERS: dict[str, Callable[[str | None, torch.device | str], Scorer]] = {
     "mps": load_mps,
     "pickscore": load_pickscore,
     "pickscore_cos": partial(load_pickscore, scaled=False),
+    "spm_sd15": partial(load_spm, "spm_sd15"),
+    "spm_sdxl": partial(load_spm, "spm_sdxl"),
 }
 
 

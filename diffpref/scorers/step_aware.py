@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 
 from diffpref.scorers.clip_towers import VIT_H, VIT_H_REPO, ClipTowers, load_towers
 from diffpref.scorers.preprocessing import ShortestSideCrop, normalise
+from diffpref.scorers.scorer import Scorer
 from diffpref.scorers.weights import WeightSource, fill, read_json, read_state_dict, sha256
 
 REPO = "SPO-Diffusion-Models/Step-Aware_Preference_Models"
@@ -134,10 +135,13 @@ class StepAwareScorer:
         Resized so that the shorter side fits, cropped at the centre and clamped to [0, 1] after that.
         """
         with torch.autocast(pixels.device.type, enabled=False):
-            prepared = normalise(ShortestSideCrop(self.towers.image_size).pixels(pixels.float()))
-            timesteps = torch.full((len(pixels),), timestep, device=pixels.device)
-            images = F.normalize(self.model.image_features(prepared, timesteps), dim=-1)
-            return self.towers.scale * (images * self.towers.text_features(prompts)).sum(-1)
+            return self.of_prepared(normalise(ShortestSideCrop(self.towers.image_size).pixels(pixels.float())), prompts, timestep)
+
+    def of_prepared(self, pixels: Tensor, prompts: Sequence[str], timestep: int) -> Tensor:
+        """Score normalised pictures (N, 3, S, S): (N,). Differentiable."""
+        timesteps = torch.full((len(pixels),), timestep, device=pixels.device)
+        images = F.normalize(self.model.image_features(pixels, timesteps), dim=-1)
+        return self.towers.scale * (images * self.towers.text_features(prompts)).sum(-1)
 
 
 def load_step_aware(spec: str, device: torch.device | str = "cpu") -> StepAwareScorer:
@@ -159,6 +163,24 @@ def load_step_aware(spec: str, device: torch.device | str = "cpu") -> StepAwareS
         checksum=sha256(path),
         model=model,
         towers=load_towers(source, model.clip, VIT_H_REPO, device),
+    )
+
+
+def load_spm(name: str, weights: str | None = None, device: torch.device | str = "cpu") -> Scorer:
+    """A released step-aware model, or a local copy or one's own in its layout, as a scorer of finished pictures: timestep 0."""
+    judge = load_step_aware(f"{name}={weights}" if weights else name, device)
+
+    def reward(pixels: Tensor, prompts: Sequence[str]) -> Tensor:
+        return judge.of_prepared(pixels, prompts, 0)
+
+    return Scorer(
+        name=name,
+        version=judge.version,
+        convention="exp(logit_scale) * cosine at timestep 0; Pillow bicubic resize of the shorter side, centre crop; float32",
+        checksum=judge.checksum,
+        preprocessing=ShortestSideCrop(judge.towers.image_size),
+        reward=reward,
+        device=torch.device(device),
     )
 
 

@@ -192,6 +192,17 @@ def mps_state(vocabulary: int, length: int) -> dict[str, Tensor]:
     return {f"mps.model.{n}": v for n, v in clip.items()} | {f"mps.cross_model.{n}": v for n, v in cross.items()}
 
 
+def spm_state(vocabulary: int, length: int) -> dict[str, Tensor]:
+    """A step-aware preference model: the CLIP of PickScore, and layers that modulate its vision tower by the timestep."""
+    width, vision = CLIP_WIDTHS["vision"], "model.vision_model"
+    shapes: dict[str, Sequence[int]] = {"model.t_embedder.mlp.0.weight": (width, 256), "model.t_embedder.mlp.2.weight": (width, width)}
+    shapes |= {f"{vision}.encoder.layers.{i}.adaLN_modulation.1.weight": (6 * width, width) for i in range(LAYERS)}
+    shapes[f"{vision}.adaLN_modulation.1.weight"] = (2 * width, width)
+    shapes |= {name.replace("weight", "bias"): shape[:1] for name, shape in list(shapes.items())}
+    clip = hf_state(open_clip_state(vocabulary, length, seed=8))
+    return {f"model.{name}": value for name, value in clip.items()} | random_tensors(shapes, 14)
+
+
 def write_released(name: str, folder: Path) -> Path:
     """Save the files of scorer `name` to `folder` and return it. Weights are seeded by the scorer."""
     folder.mkdir(parents=True)
@@ -217,6 +228,9 @@ def write_released(name: str, folder: Path) -> Path:
         halved = {key: value.half() for key, value in open_clip_state(*size, seed=6).items()}
         version = "v2.1" if "2.1" in name else "v2"
         torch.save({"epoch": 0, "state_dict": halved}, folder / f"HPS_{version}_compressed.pt")
+    elif name.startswith("spm"):
+        family = {"spm_sd15": "sd-v1-5", "spm_sdxl": "sdxl"}[name]
+        torch.save(spm_state(*size), folder / f"{family}_step-aware_preference_model.bin")
     elif name == "clip_vith_cos":
         torch.save(open_clip_state(*size, seed=7), folder / "open_clip_pytorch_model.bin")
     else:

@@ -27,6 +27,7 @@ from tests.scorers.released import (
     MPS_LENGTH,
     mps_clip_state,
     open_clip_state,
+    spm_state,
 )
 
 Released = Callable[[str], Path]
@@ -155,11 +156,40 @@ def cross_layer(tokens: Tensor, text: Tensor, mask: Tensor, state: dict[str, Ten
     return tokens + plain.linear(out, state, f"{name}.1.fn.attn_out") + plain.linear(swiglu(hidden), state, f"{name}.1.fn.ff_out.1")
 
 
+def spm(folder: Path, image: Image.Image, prompt: str) -> Tensor:
+    """The modulated vision tower at timestep 0, written out in transformers' layout."""
+    ids = clip_ids(folder, prompt)
+    state = spm_state(max(ids) + 1, 24)
+    vision = "model.vision_model"
+
+    def silu(x: Tensor) -> Tensor:
+        return x * torch.sigmoid(x)
+
+    time = torch.cat([torch.ones(1, 128), torch.zeros(1, 128)], 1)  # cosines and sines of 0
+    time = silu(plain.linear(silu(plain.linear(time, state, "model.t_embedder.mlp.0")), state, "model.t_embedder.mlp.2"))
+    pixels = plain.crop_input(image, IMAGE_SIZE)
+    patches = F.conv2d(pixels, state[f"{vision}.embeddings.patch_embedding.weight"], stride=14).flatten(2).transpose(1, 2)
+    x = torch.cat([state[f"{vision}.embeddings.class_embedding"][None, None], patches], 1)
+    x = plain.norm(x + state[f"{vision}.embeddings.position_embedding.weight"], state, f"{vision}.pre_layrnorm")
+    for i in range(LAYERS):
+        layer = f"{vision}.encoder.layers.{i}"
+        shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = plain.linear(time, state, f"{layer}.adaLN_modulation.1").chunk(6, -1)
+        h = plain.norm(x, state, f"{layer}.layer_norm1") * (1 + scale_1) + shift_1
+        q, k, v = (plain.linear(h, state, f"{layer}.self_attn.{part}_proj") for part in "qkv")
+        x = x + gate_1 * plain.linear(plain.attention(q, k, v, CLIP_HEADS), state, f"{layer}.self_attn.out_proj")
+        h = plain.norm(x, state, f"{layer}.layer_norm2") * (1 + scale_2) + shift_2
+        x = x + gate_2 * plain.linear(plain.erf_gelu(plain.linear(h, state, f"{layer}.mlp.fc1")), state, f"{layer}.mlp.fc2")
+    shift, scale = plain.linear(time, state, f"{vision}.adaLN_modulation.1").chunk(2, -1)
+    pooled = plain.norm(x[0, 0], state, f"{vision}.post_layernorm") * (1 + scale[0]) + shift[0]
+    text = plain.clip_text_states(open_clip_state(max(ids) + 1, 24, 8), ids, CLIP_HEADS, plain.erf_gelu, LAYERS)
+    return math.exp(3.0) * plain.cosine(state["model.visual_projection.weight"] @ pooled, text[-1])
+
+
 EXPECTED: dict[str, Callable[[Path, Image.Image, str], Tensor]] = {
     **{"aesthetic": aesthetic, "clip_vith_cos": clip_vith, "clip_vitl_cos": clip_vitl, "clipscore": clipscore},
     **{"cycle_reward": cycle_reward, "cycle_reward_i2t": cycle_reward, "cycle_reward_t2i": cycle_reward, "image_reward": image_reward},
     **{"hpsv2": hps, "hpsv2.1": hps, "hpsv2.1_no_antialias": hps_no_antialias, "hpsv2_no_antialias": hps_no_antialias},
-    **{"mps": mps, "pickscore": pickscore, "pickscore_cos": pickscore_cos},
+    **{"mps": mps, "pickscore": pickscore, "pickscore_cos": pickscore_cos, "spm_sd15": spm, "spm_sdxl": spm},
 }
 
 
