@@ -94,9 +94,10 @@ def test_a_method_without_its_reference_is_our_mistake() -> None:
 def test_metrics_keep_chosen_and_rejected_apart_and_halve_ties() -> None:
     reward = torch.tensor([[1.0, 0.0], [0.0, 3.0], [2.0, 2.0]], requires_grad=True)
     metrics = margin_metrics(reward)
-    assert {name: float(x) for name, x in metrics.items()} == pytest.approx(
-        {"rewards/chosen": 1.0, "rewards/rejected": 5 / 3, "rewards/margins": -2 / 3, "rewards/accuracies": 0.5}
-    )
+    expected = {"rewards/chosen": 1.0, "rewards/rejected": 5 / 3, "rewards/margins": -2 / 3, "rewards/accuracies": 0.5}
+    assert {name: float(x) for name, x in metrics.items()} == pytest.approx(expected | {"rewards/saturated": 0.0})
+    flat = margin_metrics(torch.tensor([[9.0, 0.0], [0.0, 9.0], [3.0, 0.0], [0.0, 0.0]]))
+    assert float(flat["rewards/saturated"]) == 0.5  # on either side, where the sigmoid has no slope left
     assert not any(x.requires_grad for x in metrics.values())
     assert {n: float(x) for n, x in error_metrics("policy", reward).items()} == pytest.approx(
         {"error/policy_chosen": 1.0, "error/policy_rejected": 5 / 3}
@@ -135,6 +136,7 @@ def test_implicit_rewards_are_scaled_gains_with_their_metrics() -> None:
         "rewards/rejected": 50,
         "rewards/margins": 30,
         "rewards/accuracies": 1,
+        "rewards/saturated": 1,
         "error/policy_chosen": 1,
         "error/policy_rejected": 4,
         "error/reference_chosen": 9,
