@@ -21,6 +21,7 @@ from diffpref.methods.recipes import RECIPES
 from diffpref.training.align import Aligned, align, refresh_card
 from diffpref.training.config import TrainConfig
 from diffpref.training.model_card import method_text, method_title, model_card, public_name, write_card
+from diffpref.training.objective import as_objective
 
 Settings = dict[str, Any]
 Finished = Callable[..., Path]
@@ -199,7 +200,7 @@ def test_the_testbed_refreshes_the_card(base_settings: Settings, tmp_path: Path,
 
     monkeypatch.setattr("diffpref.testbed.demo.report_run", report)
     config = TrainConfig(**base_settings | {"max_train_steps": 1, "output_dir": str(tmp_path / "run")})
-    assert cli._run(config, DiffusionDPO(), 8, []) == 0
+    assert cli._run(config, as_objective(DiffusionDPO()), 8, []) == 0
     assert "93.3 %" in (tmp_path / "run" / "README.md").read_text()
 
 
