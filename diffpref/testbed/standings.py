@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -17,68 +16,11 @@ from diffpref.testbed.measure import shipped_ruler
 from diffpref.testbed.protocol import REGIMES, Entry, Protocol
 from diffpref.testbed.sampling import GUIDANCE, STEPS
 from diffpref.testbed.standings_picture import draw_standings
-
-Interval = tuple[float, float, float]
-"""Mean, and the 95 % interval of it under resampling of prompts."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The runs of one row: a method under one regime, labelling and budget, one per seed."""
-
-    runs: tuple[dict[str, Any], ...]
-    base: np.ndarray  # (P,) scores of the base model
-
-    @cached_property
-    def scores(self) -> np.ndarray:
-        """(P,) mean over the seeds."""
-        return np.mean([run["scores"] for run in self.runs], axis=0)
-
-    @property
-    def win_rate(self) -> float:
-        """Mean over the seeds."""
-        return self.mean("win_rate")
-
-    def gain(self, over: Rows | None = None) -> Interval:
-        """Reward above the base, or above other rows, paired by prompt."""
-        return paired_bootstrap(self.scores - (self.base if over is None else over.scores))
-
-    def mean(self, name: str) -> float:
-        """Mean of a number of the runs."""
-        return float(np.mean([run[name] for run in self.runs]))
-
-    def held_out(self, name: str) -> float:
-        """Mean of what was measured on the held-out pairs."""
-        return float(np.mean([run["held_out"][name] for run in self.runs]))
-
-    def following(self, name: str) -> float:
-        """Mean share of pictures that show a stated attribute."""
-        return float(np.mean([run["following"][name] for run in self.runs]))
-
-
-class Results:
-    """The stored runs of a folder."""
-
-    def __init__(self, folder: Path, protocol: Protocol) -> None:
-        self.folder, self.protocol = folder, protocol
-        self.base = json.loads((folder / "base.json").read_text())
-        self.base_scores = np.array(self.base["test"]["scores"])
-
-    def rows(self, method: str, regime: str = "own", labels: str = "given", budget: str = "pairs") -> Rows | None:
-        """The runs of a row that are there; none if there are none."""
-        seeds = (*self.protocol.seeds, *self.protocol.control_seeds)
-        paths = [self.folder / f"{method}-{regime}-{labels}-{budget}-{seed}.json" for seed in dict.fromkeys(seeds)]
-        runs = tuple(json.loads(path.read_text()) for path in paths if path.exists())
-        return Rows(runs, self.base_scores) if runs else None
-
-    def cost(self, method: str) -> dict[str, float] | None:
-        """What an update costs."""
-        path = self.folder / f"{method}-cost.json"
-        return json.loads(path.read_text()) if path.exists() else None
+from diffpref.testbed.stored_runs import Interval, Results, Rows
 
 
 def write_standings(folder: Path, protocol: Protocol) -> None:
-    """Write standings.md, standings.json and standings.png from the runs in a folder."""
+    """Write standings.md and standings.png from the runs in a folder, and print the tables."""
     results = Results(folder, protocol)
     ranked = order(results)
     parts = [table(results, ranked), controls_table(results, ranked), cost_table(results, ranked), correlations(results, ranked)]

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw, ImageFont
 
 from diffpref.evaluation.stats import wilson_interval
-
-if TYPE_CHECKING:
-    from diffpref.testbed.standings import Results, Rows
+from diffpref.testbed.stored_runs import Results, Rows
 
 SCALE = 2  # drawn at twice the size, then reduced
 LEFT, RIGHT, TOP, ROW, BOTTOM, WIDTH = 150, 30, 56, 30, 44, 860

@@ -21,7 +21,8 @@ from diffpref.testbed.cost import counted_evaluations, update_cost
 from diffpref.testbed.labellings import relabelled
 from diffpref.testbed.leaderboard import LeaderboardConfig, Work, choose, do_run, is_done, prepared, run_leaderboard
 from diffpref.testbed.protocol import Protocol, Run, load_protocol
-from diffpref.testbed.standings import FINDINGS, Results, spearman, write_standings
+from diffpref.testbed.standings import FINDINGS, spearman, write_standings
+from diffpref.testbed.stored_runs import Results
 
 PROMPTS = 6
 
