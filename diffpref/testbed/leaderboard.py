@@ -20,8 +20,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock
 from PIL import Image
 
+from diffpref.data.cache import INDEX
 from diffpref.evaluation.stats import count_wins
 from diffpref.locations import asset
 from diffpref.testbed.cost import update_cost
@@ -34,6 +36,8 @@ from diffpref.testbed.sampling import GUIDANCE, STEPS, Sampler
 from diffpref.testbed.scorer import shipped_scorer
 from diffpref.testbed.standings import write_standings
 from diffpref.training.align import align
+from diffpref.training.cache_command import build_cache
+from diffpref.training.cache_config import CacheConfig
 from diffpref.training.config import TrainConfig
 from diffpref.training.objective import Objective, build_objective
 from diffpref.training.run_folder import write_json
@@ -206,7 +210,7 @@ def do_run(work: Work) -> str:
     shutil.rmtree(folder, ignore_errors=True)
     start = time.process_time()
     config, objective = prepared(work, folder, work.updates)
-    align(config, objective)
+    align(with_latents(config, objective, work), objective)
     seconds = time.process_time() - start
     purpose, count = ("validation", work.choice_prompts) if work.run.is_choice else ("test", work.test_prompts)
     base = base_pictures(work.out, purpose, count)
@@ -228,6 +232,17 @@ def do_run(work: Work) -> str:
     write_json(Path(work.results) / f"{work.run.name}.json", found)
     shutil.rmtree(folder)
     return f"{work.run.name}: win rate {wins / count:.3f}, reward {found['score_difference']:+.3f}"
+
+
+def with_latents(config: TrainConfig, objective: Objective, work: Work) -> TrainConfig:
+    """The same run with its pictures encoded once for all runs on these rows; it learns the same, bit for bit."""
+    folder = Path(work.out) / "latents" / f"{Path(work.data).name}-{objective.groups}-{config.train_batch_size}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    stored = dataclasses.replace(config, cache_latents=False, latent_cache=str(folder))
+    with FileLock(folder.with_suffix(".lock")):
+        if not (folder / INDEX).exists():
+            build_cache(stored, CacheConfig(), objective.groups)
+    return stored
 
 
 def _seeds(purpose: str, count: int) -> list[int]:

@@ -238,6 +238,7 @@ def test_a_run_leaves_its_file_and_is_not_repeated(tmp_path: Path) -> None:
     assert found["picture_change"] > 0
     assert is_done(work)
     assert not (tmp_path / "runs" / run.name).exists()
+    assert (tmp_path / "latents" / "pairs-pairs-4" / "index.safetensors").exists()  # for the next run on these rows
     other = work_of(protocol, run, tmp_path, {"learning_rate": 1e-3, "beta": 300})
     with pytest.raises(ValueError, match="was measured with"):
         is_done(other)
