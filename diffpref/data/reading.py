@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import TypeAlias, get_args
+from typing import Any, TypeAlias, get_args
 
 import datasets
 import pyarrow as pa
@@ -17,7 +17,7 @@ from datasets.table import InMemoryTable
 
 from diffpref.data.archives import read_archives
 from diffpref.data.folders import pair_folders, read_folders
-from diffpref.data.forms import FORMS, Layout, choose
+from diffpref.data.forms import COLUMN_FLAGS, FORMS, Layout, choose
 from diffpref.data.json_rows import read_json
 from diffpref.data.rows import Rows, TableRows, files_identity, plain_names
 from diffpref.data.schema import RankedPairs, TiePolicy
@@ -69,6 +69,13 @@ class Request:
     def layout(self, names: Sequence[str], where: str) -> Layout:
         """The form that the columns `names` of `where` fit. Raises ValueError if it is not exactly one."""
         return choose(names, where, self.data_format, self.given, self.choice_model)
+
+
+def request_of(settings: object, **changes: Any) -> Request:
+    """The request of a command's settings, which name its fields as `Request` does, but for max_train_samples and the columns."""
+    own = {f.name: getattr(settings, f.name) for f in fields(Request) if hasattr(settings, f.name)}
+    given = {flag: column for flag in COLUMN_FLAGS if (column := getattr(settings, flag, None)) is not None}
+    return Request(**own | {"given": given, "max_samples": getattr(settings, "max_train_samples", None)} | changes)
 
 
 def open_rows(source: Source, request: Request) -> tuple[Rows, Layout, str]:

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from diffpref.data.forms import COLUMN_FLAGS
 from diffpref.data.inspection import pair_facts
 from diffpref.data.pairs import read_pairs
-from diffpref.data.reading import Request
+from diffpref.data.reading import request_of
 from diffpref.evaluation.pair_page import as_page, as_text
 from diffpref.evaluation.work import write_text
 
@@ -66,18 +65,7 @@ class InspectConfig:
 def inspect(config: InspectConfig) -> int:
     """Print what the data holds; returns 0, or 3 when so many rows are bad that a run would stop. Raises ValueError like a run."""
     source = str(config.train_data_dir or config.dataset_name)
-    request = Request(
-        split=config.split,
-        data_format=config.data_format,
-        given={flag: column for flag in COLUMN_FLAGS if (column := getattr(config, flag)) is not None},
-        dataset_config_name=config.dataset_config_name,
-        ranked_pairs=config.ranked_pairs,
-        choice_model=config.choice_model,
-        tie_policy="keep",
-        max_samples=config.max_train_samples,
-        check_images=True,
-        cache_dir=config.cache_dir,
-    )
+    request = request_of(config, tie_policy="keep")
     stops: list[str] = []
     pairs = read_pairs(source, request, lambda text: print(text, file=sys.stderr), stops.append)
     facts = pair_facts(pairs, source, config.resolution)

@@ -9,10 +9,9 @@ from collections.abc import Callable
 import numpy as np
 
 from diffpref.core.random import uniform
-from diffpref.data.forms import COLUMN_FLAGS
 from diffpref.data.groups import Grouping, with_captions
 from diffpref.data.pairs import PairDataset, read_pairs, split_held_out
-from diffpref.data.reading import Request
+from diffpref.data.reading import request_of
 from diffpref.data.streaming import stream_pairs
 from diffpref.training.config import TrainConfig
 
@@ -61,19 +60,7 @@ def _print(text: str) -> None:
 
 
 def _load(config: TrainConfig, say: Callable[[str], None] | None) -> PairDataset:
-    request = Request(
-        split=config.split,
-        data_format=config.data_format,
-        given={flag: column for flag in COLUMN_FLAGS if (column := getattr(config, flag)) is not None},
-        dataset_config_name=config.dataset_config_name,
-        ranked_pairs=config.ranked_pairs,
-        choice_model=config.choice_model,
-        dreamlike_pairs_only=config.dreamlike_pairs_only,
-        tie_policy=config.tie_policy,
-        max_samples=config.max_train_samples,
-        check_images=config.check_images,
-        cache_dir=config.cache_dir,
-    )
+    request = request_of(config)
     if config.streaming:
         return stream_pairs(str(config.data_source), request, config.seed, say)
     return read_pairs(str(config.data_source), request, say)
