@@ -52,8 +52,9 @@ def new_port(settings: Conditioning, config: TrainConfig, pairs: PairDataset, he
         raise ValueError("tune is full, which leaves no reference beside a user branch in one network; use tune lora with user_tune")
     if config.train_text_encoder:
         raise ValueError("train_text_encoder is true, which a user branch does not go with; leave it out")
-    if config.merge_lora and settings.user_tune == "user":
-        raise ValueError("merge_lora is true, but user_tune is user, which trains no LoRA; leave merge_lora out or use user_tune user_lora")
+    for name in ("merge_lora", "rank", "lora_alpha", "lora_targets", "use_dora", "use_rslora"):
+        if settings.user_tune == "user" and (value := getattr(config, name)) != getattr(TrainConfig, name):
+            raise ValueError(f"{name} is {value}, but user_tune is user, which trains no LoRA; leave {name} out or use user_tune user_lora")
     if isinstance(settings, AxesConditioning):
         return AxesPort(settings, config.seed, pairs)
     port = UserPort.choose(settings, config.seed, pairs, say)

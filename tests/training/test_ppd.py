@@ -55,6 +55,12 @@ def objective(recipe: str = "ppd", **settings: Any) -> Any:
     return build_objective(recipe, {"beta": 200.0} | (SMALL if recipe == "ppd" else {}) | settings)
 
 
+@pytest.fixture
+def base_settings(base_settings: dict[str, Any]) -> dict[str, Any]:
+    """Without the rank of a LoRA, which a user branch alone does not train."""
+    return {name: value for name, value in base_settings.items() if name != "rank"}
+
+
 @pytest.mark.parametrize(("family", "user_tune"), [("sd", "user"), ("sdxl", "user_lora")])
 def test_first_step_and_what_is_trained(
     family: str, user_tune: str, request: pytest.FixtureRequest, user_pairs: str, run_training: Go, read_metrics: Any, read_state: Any
@@ -204,6 +210,7 @@ def test_mcdpo_trains(user_pairs: str, run_training: Go, read_metrics: Any, sd_f
         ("ppd", {}, {"tune": "full"}, "tune is full"),
         ("ppd", {}, {"train_text_encoder": True}, "train_text_encoder"),
         ("ppd", {}, {"merge_lora": True}, "merge_lora"),
+        ("ppd", {}, {"rank": 4}, "rank is 4, but user_tune is user"),
         ("ppd", {"num_examples": 9}, {}, "lower num_examples"),
         ("ppd", {"held_out_users": 3}, {}, "no user is left"),
         ("mcdpo", {"axes": ("depth",)}, {}, "the data has scores: "),
