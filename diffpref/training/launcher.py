@@ -23,3 +23,14 @@ def use_all_cores() -> None:
 
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         torch.set_num_threads(cores or 1)
+
+
+def leave_processes() -> None:
+    """End this process's part in the process group, if a command made one, before the interpreter takes it apart.
+
+    A process that exits with its group alive is aborted now and then by the group's own threads, after all work is done: its
+    launcher would then report a failure.
+    """
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()

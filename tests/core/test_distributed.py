@@ -39,6 +39,7 @@ from diffpref.core.process import DdpmProcess
 from diffpref.core.types import Conditioning, Evaluation, PathStep, PreferenceBatch
 from diffpref.methods.diffusion_kto import DiffusionKTO
 from diffpref.paths.inversion import DdimInversion
+from diffpref.training.launcher import leave_processes
 
 rank, world, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 if world > 1:
@@ -71,6 +72,7 @@ batch = PreferenceBatch(latents, Conditioning(latents), torch.ones(2, 2), ("a", 
 DdimInversion(equal_forwards=True).invert(network, process, latents, [30, 180 + 500 * rank], batch.cond, batch.random(0))
 found["forwards"] = forwards
 print(json.dumps(found))
+leave_processes()
 """
 
 
