@@ -55,6 +55,8 @@ class BenchmarkConfig:
     """Pictures per forward pass."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Dtype of the networks."""
+    attention: str = "sdpa"
+    """Attention kernel of the UNet, tried before it is used: sdpa is torch's own choice; the others are in docs/speed.md."""
     output_dir: str = "outputs/benchmark"
     """Folder of the pictures; <output_dir>/<benchmark>/<model> is what the official scorer is given."""
 
@@ -87,9 +89,8 @@ def draw(config: BenchmarkConfig) -> int:
     drawing = Drawing(prompts.texts, count, config.seed, config.num_inference_steps, config.guidance_scale, config.batch_size)
     state = sharing_processes()
     folder = Path(config.output_dir)
-    settings = {
-        name: list(v) if isinstance(v, tuple) else v for name, v in vars(config).items() if name not in ("output_dir", "batch_size")
-    }
+    free = ("output_dir", "batch_size", "attention")
+    settings = {name: list(v) if isinstance(v, tuple) else v for name, v in vars(config).items() if name not in free}
     claim_folder(folder, SETTINGS_FILE, settings | {"prompts_hash": prompts.hash}, state.is_main_process)
     state.wait_for_everyone()
     candidates = [Candidate(BASE, None), *parse_candidates(config.aligned, config.lora_scales, config.users)]

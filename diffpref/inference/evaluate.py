@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import diffusers
 import numpy as np
@@ -29,7 +29,7 @@ from diffpref.evaluation.work import claim_folder, write_text
 from diffpref.inference.checkpoints import Candidate, open_candidate, parse_candidates
 from diffpref.inference.pictures import draw_missing, picture_path, read_measured, score_missing
 from diffpref.inference.processes import sharing_processes
-from diffpref.inference.sample import DTYPES, SAMPLERS
+from diffpref.inference.sample import SAMPLERS, Sampling, ready
 
 SETTINGS_FILE = "evaluation_settings.json"
 
@@ -75,6 +75,8 @@ class EvaluateConfig:
     """Pictures per forward pass."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Dtype of the networks."""
+    attention: str = "sdpa"
+    """Attention kernel of the UNet, tried before it is used: sdpa is torch's own choice; the others are in docs/speed.md."""
 
     scorers: tuple[str, ...] = ()
     """Scorers, as name, name=weights or label:name=weights (docs/scorers.md); "implicit=RUN" is what a run learned itself."""
@@ -165,7 +167,7 @@ def _picture(folder: Path, model: str, prompt: int) -> np.ndarray:
 
 def settings_of(config: EvaluateConfig, prompts: PromptSet) -> dict[str, Any]:
     """What an evaluation must agree with to be continued."""
-    free = {"output_dir", "batch_size", "report_pictures"}
+    free = {"output_dir", "batch_size", "report_pictures", "attention"}
     found = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(config).items() if name not in free}
     return found | {"prompt_set_hash": prompts.hash, "num_prompts": len(prompts.texts)}
 
@@ -183,23 +185,10 @@ def drawing_of(config: EvaluateConfig, prompts: PromptSet) -> Drawing:
     )
 
 
-class Sampling(Protocol):
-    """Settings with which a model is loaded for sampling."""
-
-    @property
-    def revision(self) -> str | None: ...
-    @property
-    def variant(self) -> str | None: ...
-    @property
-    def sampler(self) -> str: ...
-    @property
-    def precision(self) -> str: ...
-
-
 def load_candidate(config: Sampling, base: str, candidate: Candidate, device: torch.device) -> DiffusionPipeline:
     """The candidate on the base, with the evaluation's sampler."""
     pipeline = open_candidate(base, config.revision, config.variant, candidate)
     if config.sampler != "checkpoint":
         name, options = SAMPLERS[config.sampler]
         pipeline.scheduler = getattr(diffusers, name).from_config(pipeline.scheduler.config, **options)
-    return pipeline.to(device, DTYPES[config.precision])
+    return ready(pipeline, config, device)

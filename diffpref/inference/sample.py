@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import diffusers
 import numpy as np
@@ -19,6 +19,8 @@ from diffpref.evaluation.generate import as_rows, contact_sheet, generate
 from diffpref.inference.processes import sharing_processes
 from diffpref.inference.user_pipelines import as_user_pipeline
 from diffpref.locations import asset
+from diffpref.models.attention import check_attention, use_attention
+from diffpref.models.backbone import vae_factor
 from diffpref.models.lora_file import merge_lora
 from diffpref.models.pipeline import load_pipeline, needs_picture
 
@@ -92,6 +94,8 @@ class SampleConfig:
     """Pictures per forward pass."""
     precision: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Dtype of the networks."""
+    attention: str = "sdpa"
+    """Attention kernel of the UNet, tried before it is used: sdpa is torch's own choice; the others are in docs/speed.md."""
     output_dir: str = "outputs/pictures"
     """Folder of the pictures, grid.png and pictures.jsonl."""
     grid_columns: int | None = None
@@ -117,7 +121,7 @@ def sample(config: SampleConfig) -> int:
     state = sharing_processes()
     if config.precision == "fp16" and state.device.type == "cpu":
         raise ValueError("precision is fp16, which needs a GPU; on a CPU use fp32 or bf16")
-    pipeline = load(config).to(state.device, DTYPES[config.precision])
+    pipeline = ready(load(config), config, state.device, config.height)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(p, config.seed + k) for p in prompts for k in range(config.num_images_per_prompt)]
@@ -141,6 +145,38 @@ def sample(config: SampleConfig) -> int:
     if state.is_main_process:
         finish(config, jobs, folder)
     return 0
+
+
+class Sampling(Protocol):
+    """Settings with which a model is loaded for sampling."""
+
+    @property
+    def revision(self) -> str | None: ...
+    @property
+    def variant(self) -> str | None: ...
+    @property
+    def sampler(self) -> str: ...
+    @property
+    def precision(self) -> str: ...
+    @property
+    def attention(self) -> str: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+def ready(pipeline: DiffusionPipeline, config: Sampling, device: torch.device, height: int | None = None) -> DiffusionPipeline:
+    """The pipeline on its device, in the precision and with the attention of the settings. Raises ValueError for an unknown kernel.
+
+    height: of the pictures; the model's own when not given.
+    """
+    dtype = DTYPES[config.precision]
+    check_attention(config.attention, is_training=False)
+    pipeline = pipeline.to(device, dtype)
+    side = pipeline.unet.config.sample_size if height is None else height // vae_factor(pipeline)
+    note = use_attention(pipeline.unet, config.attention, side, 2 * config.batch_size, dtype, is_training=False)
+    if note is not None:
+        print(note, file=sys.stderr)
+    return pipeline
 
 
 def read_prompts(config: SampleConfig) -> list[str]:

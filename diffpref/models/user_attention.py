@@ -16,15 +16,14 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
-from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-from diffusers.models.attention_processor import XFormersAttnProcessor, XFormersJointAttnProcessor
+from diffusers.models.attention_dispatch import AttentionBackendName
 from torch import Tensor, nn
 
 from diffpref.core.random import generator
 from diffpref.core.types import Conditioning, Predict
+from diffpref.models.attention import NATIVE, DispatchedAttention, attended, check_layer, heads, kernel
 
 KeysAndValues = dict[str, tuple[Tensor, Tensor]]
-_XFORMERS = (XFormersAttnProcessor, XFormersJointAttnProcessor)
 
 
 @dataclass(frozen=True)
@@ -49,25 +48,13 @@ class UserWeights:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-class QuietAttention:
-    """A processor that takes and ignores the user; for the layers without a user branch."""
-
-    def __init__(self, inner: Any) -> None:
-        self.inner = inner
-
-    def __call__(self, attn: Any, hidden_states: Tensor, *args: Any, user: UserStates | None = None, **kwargs: Any) -> Tensor:
-        """What the inner processor computes."""
-        out: Tensor = self.inner(attn, hidden_states, *args, **kwargs)
-        return out
-
-
 class UserAttention(nn.Module):
     """Processor of a text cross-attention layer with a user branch.
 
-    Both attentions go through diffusers' dispatcher, so `set_attention_backend` works for them; torch's own kernel by default.
+    Both attentions go through the same kernel, as in `DispatchedAttention`; torch's own by default.
     """
 
-    def __init__(self, name: str, width: int, inner: int, seed: int, backend: AttentionBackendName | None = None) -> None:
+    def __init__(self, name: str, width: int, inner: int, seed: int, backend: AttentionBackendName = NATIVE) -> None:
         super().__init__()
         self.name = name
         # Not to_k and to_v, which a LoRA would take for its targets.
@@ -76,8 +63,7 @@ class UserAttention(nn.Module):
         bound = math.sqrt(3 / width)  # keys of unit variance for tokens of unit variance
         nn.init.uniform_(self.user_k.weight, -bound, bound, generator=generator(seed, "user_attention", name))
         nn.init.zeros_(self.user_v.weight)
-        self._attention_backend = backend
-        self._parallel_config = None
+        self._attention_backend: AttentionBackendName | None = backend
 
     def __call__(  # diffusers looks at its signature for the arguments that a processor takes
         self,
@@ -88,29 +74,16 @@ class UserAttention(nn.Module):
         temb: Tensor | None = None,
         user: UserStates | None = None,
     ) -> Tensor:
-        """Attention of hidden_states (B, S, C) to text (B, L, D) and user; the steps of diffusers' own processor, in its order."""
-        residual = hidden_states
-        text = hidden_states if encoder_hidden_states is None else encoder_hidden_states
-        if encoder_hidden_states is not None and attn.norm_cross:
-            text = attn.norm_encoder_hidden_states(text)
-        if attention_mask is not None:
-            mask = attn.prepare_attention_mask(attention_mask, text.shape[1], len(text))
-            attention_mask = mask.view(len(text), attn.heads, -1, mask.shape[-1])
-        query = _heads(attn.to_q(hidden_states), attn.heads)
-        out = self._attend(query, _heads(attn.to_k(text), attn.heads), _heads(attn.to_v(text), attn.heads), attention_mask)
-        if user is not None and user.scale != 0:
-            out = out + user.scale * self._branch(query, user, attn.heads)
-        out = attn.to_out[1](attn.to_out[0](out.flatten(2).to(query.dtype)))
-        if attn.residual_connection:
-            out = out + residual
-        return out / attn.rescale_output_factor
+        """Attention of hidden_states (B, S, C) to text (B, L, D) and user."""
+        branch = None if user is None or user.scale == 0 else lambda query: user.scale * self._branch(query, user, attn.heads)
+        return attended(attn, hidden_states, encoder_hidden_states, attention_mask, self._attention_backend, branch)
 
-    def _branch(self, query: Tensor, user: UserStates, heads: int) -> Tensor:
+    def _branch(self, query: Tensor, user: UserStates, number: int) -> Tensor:
         """The weighted sum of the users' attentions (B, S, H, C/H)."""
         key, value = (x.repeat_interleave(len(query) // len(x), 0) for x in self._keys_and_values(user))
         total: Tensor | None = None
         for m in range(key.shape[1]):
-            part = self._attend(query, _heads(key[:, m], heads), _heads(value[:, m], heads), None)
+            part = kernel(query, heads(key[:, m], number), heads(value[:, m], number), None, self._attention_backend)
             if user.weights is not None:
                 part = part * user.weights[m].to(part)
             total = part if total is None else total + part
@@ -126,15 +99,6 @@ class UserAttention(nn.Module):
             user.kept[self.name] = found
         return found
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
-        kernel = {"backend": self._attention_backend, "parallel_config": self._parallel_config}
-        out: Tensor = dispatch_attention_fn(query, key.to(query.dtype), value.to(query.dtype), attn_mask=mask, **kernel)
-        return out
-
-
-def _heads(x: Tensor, heads: int) -> Tensor:
-    return x.unflatten(-1, (heads, -1))
-
 
 def add_user_attention(unet: UNet2DConditionModel, width: int, seed: int) -> None:
     """Give every text cross-attention layer of a UNet a trainable user branch for tokens of this width. Add a LoRA before.
@@ -147,19 +111,13 @@ def add_user_attention(unet: UNet2DConditionModel, width: int, seed: int) -> Non
     after: dict[str, Any] = {}
     for name, processor in before.items():
         layer = unet.get_submodule(name.removesuffix(".processor"))
-        if not name.endswith("attn2.processor"):
-            after[name] = QuietAttention(processor)
-            continue
-        if (
-            layer.spatial_norm is not None
-            or layer.group_norm is not None
-            or layer.norm_q is not None
-            or layer.added_kv_proj_dim is not None
-        ):
-            raise ValueError(f"attention layer {name} is of another kind than SD's and SDXL's; a user branch is built for these alone")
-        backend = AttentionBackendName.XFORMERS if isinstance(processor, _XFORMERS) else None
-        branch = UserAttention(name, width, layer.to_v.out_features, seed, backend)
-        after[name] = branch.to(next(layer.parameters()).device)
+        check_layer(name, layer)
+        backend = getattr(processor, "_attention_backend", None) or NATIVE
+        if name.endswith("attn2.processor"):
+            branch = UserAttention(name, width, layer.to_v.out_features, seed, backend)
+            after[name] = branch.to(next(layer.parameters()).device)
+        else:
+            after[name] = DispatchedAttention(backend)
     unet.set_attn_processor(after)
 
 

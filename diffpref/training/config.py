@@ -191,8 +191,8 @@ class TrainConfig:
     """Dtype of a LoRA run's frozen weights (UNet, text encoders): fp32, or that of mixed_precision, which halves their memory."""
     allow_tf32: bool = False
     """Let GPUs multiply float32 matrices in TF32: faster, with 10 bits of mantissa."""
-    attention: Literal["sdpa", "xformers"] = "sdpa"
-    """Attention kernel of the UNet: torch's, or xformers' (a GPU and pip install diffpref[xformers])."""
+    attention: str = "sdpa"
+    """Attention kernel of the UNet, tried before it is used: sdpa is torch's own choice; xformers and others are in docs/speed.md."""
     preflight: Literal["refuse", "warn", "off"] = "refuse"
     """What happens when memory, disk or kernels would not suffice: the run is refused, warned about, or nothing is checked."""
 

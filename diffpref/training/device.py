@@ -12,7 +12,7 @@ from accelerate import Accelerator, DistributedDataParallelKwargs, DistributedTy
 from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration, gather_object
 from torch import Tensor
 
-from diffpref.models.attention import check_xformers
+from diffpref.models.attention import check_attention
 from diffpref.training.config import TrainConfig
 from diffpref.training.trackers import tracker_names
 
@@ -25,8 +25,7 @@ def new_accelerator(config: TrainConfig) -> Accelerator:
     on_cpu = not torch.cuda.is_available()  # also on a Mac, whose GPU has no float64 for the noise tables
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     check_precision(config, precision, on_cpu)
-    if config.attention == "xformers":
-        check_xformers(DTYPES.get(precision, torch.float32))
+    check_attention(config.attention, is_training=True)
     torch.backends.cuda.matmul.allow_tf32 = config.allow_tf32
     accelerator = Accelerator(
         mixed_precision=config.mixed_precision,

@@ -380,9 +380,6 @@ def _possible_here(settings: Settings, added: set[str]) -> list[str]:
     if str(settings.get("allow_tf32", False)).lower() == "true" and not on_gpu:
         settings["allow_tf32"] = False
         notes.append("allow_tf32 is about GPUs, and there is none: it is left out")
-    if settings.get("attention") == "xformers" and not (on_gpu and importlib.util.find_spec("xformers")):
-        settings["attention"] = "sdpa"
-        notes.append("xformers cannot run here (no GPU, or not installed): torch's own attention is used, which computes the same")
     if "report_to" in added and importlib.util.find_spec("tensorboard") is None:
         settings["report_to"] = "none"
         notes.append("tensorboard is not installed: metrics.jsonl only (pip install diffpref[trackers])")

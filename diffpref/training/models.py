@@ -3,30 +3,38 @@
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from torch import nn
 
-from diffpref.models.attention import use_xformers
-from diffpref.models.backbone import Backbone, check_finite, with_text_encoders
+from diffpref.models.attention import use_attention
+from diffpref.models.backbone import Backbone, check_finite, vae_factor, with_text_encoders
 from diffpref.models.lora import add_lora
 from diffpref.training.config import TrainConfig
+from diffpref.training.device import DTYPES
 from diffpref.training.objective import Objective
 from diffpref.training.port import Port
 from diffpref.training.start import load_base, start_adapter
 
 
 def load_models(
-    config: TrainConfig, objective: Objective, device: torch.device, port: Port | None = None
+    config: TrainConfig, objective: Objective, device: torch.device, port: Port | None = None, precision: str = "no"
 ) -> tuple[Backbone, nn.Module, nn.Module | None]:
-    """The model on its device, its trained module, and the frozen copy that full training compares with, if there is one."""
+    """The model on its device, its trained module, and the frozen copy that full training compares with, if there is one.
+
+    precision: of the forward passes, as accelerate calls it. A kernel of attention that does not work here is replaced, with a line.
+    """
     backbone = load_base(config)
-    check_resolution(config, backbone)
+    side = check_resolution(config, backbone) // vae_factor(backbone.pipeline)
     backbone.pipeline.to(device)
     check_finite(backbone, str(config.pretrained_model_name_or_path))
-    if config.attention == "xformers":
-        use_xformers(backbone.denoiser)
+    dtype = DTYPES.get(precision, torch.float32)
+    note = use_attention(backbone.denoiser, config.attention, side, 2 * config.train_batch_size, dtype, is_training=True)
+    if note is not None and PartialState().is_main_process:
+        print(note, file=sys.stderr)
     if port is None or objective.has_adapter:
         backbone, module = make_trainable(config, backbone)
     if port is not None:

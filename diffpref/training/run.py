@@ -195,7 +195,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     objective, data = load_run_data(config, objective, accelerator, step_scorer)
     scorer = load_scorer(config.validation_scorer, accelerator.device) if accelerator.is_main_process else None
     with preflight.loading():
-        backbone, module, frozen_copy = load_models(config, objective, accelerator.device, data.port)
+        backbone, module, frozen_copy = load_models(config, objective, accelerator.device, data.port, accelerator.mixed_precision)
     supply = data.supply(config, objective, backbone, accelerator)
     preflight.config = config = supply.config
     preflight.check_model(objective, backbone, module, supply.pictures, folder, resume)

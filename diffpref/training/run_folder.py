@@ -59,6 +59,7 @@ _MAY_CHANGE = {
     "cache_dir",
     "vae_encode_batch_size",
     "gradient_checkpointing",
+    "attention",
     "preflight",
     "train_batch_size",
     "gradient_accumulation_steps",

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
-from diffusers.models.attention_processor import AttnProcessor2_0, XFormersAttnProcessor
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import flop_registry
 
 from diffpref.core.types import Conditioning
+from diffpref.models.attention import NATIVE
 from diffpref.models.backbone import FAMILIES, Backbone, vae_factor
 from diffpref.models.joint import TextAndUNet
 from diffpref.models.user_attention import UserUNet
@@ -94,8 +94,9 @@ def step_cost(
             unet.enable_gradient_checkpointing()
         else:
             unet.disable_gradient_checkpointing()
-        kernels = unet.attn_processors.items()  # xformers' saves what torch's does, and runs on GPUs only
-        unet.set_attn_processor({name: AttnProcessor2_0() if isinstance(x, XFormersAttnProcessor) else x for name, x in kernels})
+        for processor in unet.attn_processors.values():
+            if hasattr(processor, "_attention_backend"):  # other kernels save what torch's does, and some run on GPUs only
+                processor._attention_backend = NATIVE
         if on_gpu and autocast:
             _normalise_in_float32(network)
         side = resolution // vae_factor(backbone.pipeline)

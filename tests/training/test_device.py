@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
-from diffpref.models import attention
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import check_precision
 from diffpref.training.run import Run
@@ -54,56 +49,13 @@ def test_a_run_sets_tf32_itself(prepare: Callable[..., Run]) -> None:
     assert torch.backends.cuda.matmul.allow_tf32 is False
 
 
-def test_xformers_needs_a_gpu(prepare: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="attention is xformers, which needs a GPU; use attention sdpa"):
-        prepare("run", attention="xformers")
+def test_an_attention_that_does_not_run_here_is_replaced_and_said(prepare: Callable[..., Run], capsys: pytest.CaptureFixture[str]) -> None:
+    run = prepare("run", attention="flash_3")
+    assert "attention flash_3 cannot be used here (" in capsys.readouterr().err
+    assert not any(hasattr(x, "_attention_backend") for x in run.backbone.denoiser.attn_processors.values())
 
 
-@pytest.fixture
-def pretended_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors asked for on a GPU are made on the CPU."""
-    ones = torch.ones
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    monkeypatch.setattr(torch, "ones", lambda *size, device=None, **options: ones(*size, **options))
-
-
-@pytest.mark.usefixtures("pretended_gpu")
-def test_xformers_is_tried_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "xformers.ops", None)
-    with pytest.raises(ValueError, match=r"attention is xformers, which cannot be imported .*pip install diffpref\[xformers\]"):
-        attention.check_xformers(torch.float16)
-
-    def broken(*args: Any) -> None:
-        raise NotImplementedError("No operator found for `memory_efficient_attention_forward`\nwith inputs ...")
-
-    monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=broken))
-    with pytest.raises(ValueError, match=r"does not run on this machine with this torch \(No operator found .* sdpa") as caught:
-        attention.check_xformers(torch.float16)
-    assert "\n" not in str(caught.value)
-
-    def forward_only(query: torch.Tensor, *rest: torch.Tensor) -> torch.Tensor:
-        return query.detach()
-
-    monkeypatch.setitem(sys.modules, "xformers.ops", SimpleNamespace(memory_efficient_attention=forward_only))
-    with pytest.raises(ValueError, match="does not run on this machine"):  # without a backward pass it cannot train
-        attention.check_xformers(torch.float32)
-    seen = []
-    works = SimpleNamespace(memory_efficient_attention=lambda q, k, v: seen.append(q.dtype) or q * k * v)
-    monkeypatch.setitem(sys.modules, "xformers.ops", works)
-    attention.check_xformers(torch.bfloat16)
-    assert seen == [torch.bfloat16]
-
-
-@pytest.mark.gpu
-def test_xformers_computes_what_torch_computes(sd_unet: UNet2DConditionModel) -> None:
-    pytest.importorskip("xformers")
-    attention.check_xformers(torch.float32)
-    maker = torch.Generator().manual_seed(0)
-    x_t, text = torch.randn(2, 4, 8, 8, generator=maker).cuda(), torch.randn(2, 5, 16, generator=maker).cuda()
-    unet, t = sd_unet.cuda(), torch.tensor([10, 900]).cuda()
-    with torch.no_grad():
-        expected = unet(x_t, t, text).sample
-        attention.use_xformers(unet)
-        torch.testing.assert_close(unet(x_t, t, text).sample, expected, rtol=1e-3, atol=1e-3)
+@pytest.mark.parametrize(("name", "reason"), [("fast", "unknown; accepted: sdpa"), ("sage", "draws pictures only")])
+def test_an_attention_that_cannot_train_is_refused(name: str, reason: str, prepare: Callable[..., Run]) -> None:
+    with pytest.raises(ValueError, match=reason):
+        prepare("run", attention=name)

@@ -39,6 +39,9 @@ ENABLED: dict[str, Settings] = {
     "sdxl in bf16": {"family": "sdxl", "mixed_precision": "bf16", "gradient_checkpointing": True},
     "8-bit optimizer state is made later": {"optimizer": "adafactor", "tune": "full"},
     "moving average": {"use_ema": True},
+    "another attention, lora": {"attention": "native_math"},
+    "another attention, full, recomputed": {"attention": "native_flash", "tune": "full", "gradient_checkpointing": True},
+    "another attention, sdxl in bf16": {"attention": "native_flash", "family": "sdxl", "mixed_precision": "bf16"},
 }
 
 

@@ -244,10 +244,8 @@ def test_an_attention_kernel_that_fails_is_refused(prepare: Start, probing: None
     monkeypatch.setattr(probe, "learn", failing(NotImplementedError("No operator found for `memory_efficient_attention_forward`")))
     with pytest.raises(NotImplementedError):
         prepare("run")
-    monkeypatch.setattr("diffpref.training.device.check_xformers", lambda dtype: None)
-    monkeypatch.setattr("diffpref.training.models.use_xformers", lambda denoiser: None)
-    with pytest.raises(ValueError, match=r"attention xformers failed .*\(No operator found.*use --attention sdpa"):
-        prepare("run", attention="xformers")
+    with pytest.raises(ValueError, match=r"attention native_math failed .*\(No operator found.*use --attention sdpa"):
+        prepare("run", attention="native_math")
     assert not (tmp_path / "run").exists()
 
 

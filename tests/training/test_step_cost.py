@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers.models.attention_processor import XFormersAttnProcessor
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from diffpref.models.attention import KERNELS, DispatchedAttention
 from diffpref.models.backbone import Backbone, load_backbone
 from diffpref.training.config import TrainConfig
 from diffpref.training.models import make_trainable
@@ -107,9 +107,9 @@ def test_kernels_and_dtypes_of_gpus_are_counted_on_any_machine(sd_folder: Path) 
     how = {"autocast": True, "checkpointing": False, "on_gpu": False}
     backbone, module = loaded(sd_folder)
     expected = step_cost(backbone, module, (2, 2), 32, **how)
-    backbone.denoiser.set_attn_processor(XFormersAttnProcessor())
+    backbone.denoiser.set_attn_processor(DispatchedAttention(KERNELS["xformers"]))
     assert step_cost(backbone, module, (2, 2), 32, **how) == expected
-    assert {type(x) for x in backbone.denoiser.attn_processors.values()} == {XFormersAttnProcessor}
+    assert {x._attention_backend for x in backbone.denoiser.attn_processors.values()} == {KERNELS["xformers"]}
     costs = []
     for dtype in (torch.bfloat16, torch.float16):
         for p in module.parameters():
