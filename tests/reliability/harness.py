@@ -24,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -232,30 +233,52 @@ SAVE = {  # phases of our save, and the event just before which the process is k
 }
 
 
-def random_kills(trainer: Trainer, folder: Path, number: int, seed: int, longest: float) -> Row:
-    """Kill at random moments until it was done `number` times; a run that ends in between is started anew.
+def random_kills(trainer: Trainer, folder: Path, want: str, number: int, seed: int, longest: float) -> Row:
+    """Kill `number` times: at a moment within the `longest` seconds of a run, and each second time once a save has begun.
 
-    Steps lost are those of metrics.jsonl beyond the newest checkpoint, or unknown for a script that writes no such file.
+    A run that ends in between has to end with the result `want`, and another one is started. Steps lost are those of metrics.jsonl
+    beyond the newest checkpoint, or unknown for a script that writes no such file.
     """
-    row, draws = Row("R4"), random.Random(seed)
-    while row.tried < number:
+    row, draws, where = Row("R4"), random.Random(seed), Counter[str]()
+    while row.tried < number and row.passed:
         process, end = trainer.start(folder, folder.exists())
-        time.sleep(draws.uniform(0, longest))
-        before = newest_step(folder)
+        before, done_before = newest_step(folder), lines_of(folder / "metrics.jsonl")
+        if row.tried % 2:
+            await_save(folder, longest)
+            time.sleep(draws.uniform(0, SAVE_SECONDS))
+        else:
+            time.sleep(draws.uniform(0, longest))
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-        code = end().code
+        code, done = end().code, lines_of(folder / "metrics.jsonl")
         if code == 0:
+            row.passed &= trainer.result(folder) == want
+            row.note = "" if row.passed else f"another result after {row.tried} kills"
             shutil.rmtree(folder)
         elif code == -signal.SIGKILL:
-            metrics = folder / "metrics.jsonl"
-            done = metrics.read_text().count("\n") if metrics.exists() else 0
+            where["in a save" if leftovers(folder) else "in a step" if done > done_before else "while loading"] += 1
             lost = max(0, done - newest_step(folder)) if newest_step(folder) else min(done, trainer.every)
             row.add(lost, newest_step(folder) >= before and lost <= trainer.every, "more than an interval was lost")
         else:
             row.add(0, False, f"start after a kill ended with {code}")
-            break
+    row.note = row.note or ", ".join(f"{count} {place}" for place, count in where.items())
     return row
+
+
+SAVE_SECONDS = 0.03
+"""About what a save of the tiny model takes."""
+
+
+def await_save(folder: Path, longest: float) -> None:
+    """Until a folder of a checkpoint is begun, at most so many seconds."""
+    known, until = set(folder.glob("*checkpoint-*")), time.monotonic() + longest
+    while time.monotonic() < until and not set(folder.glob("*checkpoint-*")) - known:
+        time.sleep(0.001)
+
+
+def lines_of(path: Path) -> int:
+    """Complete lines of a file; 0 without it."""
+    return path.read_text().count("\n") if path.exists() else 0
 
 
 def crash_cases(trainer: Trainer, home: Path, kills: int, longest: float) -> list[Row]:
@@ -298,7 +321,7 @@ def crash_cases(trainer: Trainer, home: Path, kills: int, longest: float) -> lis
         largest.write_bytes(bytes(data))
     resumed(row, folder, trainer.every)
     rows.append(row)
-    row = random_kills(trainer, home / "random", kills, 0, longest)
+    row = random_kills(trainer, home / "random", want, kills, 0, longest)
     resumed(row, home / "random", trainer.every)
     rows.append(row)
     return rows

@@ -48,14 +48,16 @@ def test_killed_in_every_phase_of_a_save(make_trainer: Callable[..., Trainer], w
 
 @pytest.mark.reliability_full("R4")
 def test_killed_at_random(trainer: Trainer, whole: str, tmp_path: Path, tried: Tried) -> None:
-    """KILLS is the number of kills; they fall into the time that a run takes on this machine."""
-    folder, number = tmp_path / "run", int(os.environ.get("KILLS", "5"))
+    """KILLS is the number of kills; half of them fall into saves, half anywhere within the time that a run takes on this machine."""
+    folder, number = tmp_path / "run", int(os.environ.get("KILLS", "200"))
     longest = trainer.run(tmp_path / "timed").seconds
-    row = random_kills(trainer, folder, number, seed=2, longest=longest)
+    row = random_kills(trainer, folder, whole, number, seed=2, longest=longest)
+    print(f"{row.tried} kills: {row.note}")
     assert row.passed, row.note
     outcome = trainer.run(folder, resume=folder.exists())
     assert outcome.code == 0, outcome.errors
     assert trainer.result(folder) == whole
+    assert leftovers(folder) == []
     for _ in range(row.tried):
         tried("R4", row.lost)
 

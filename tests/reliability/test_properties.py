@@ -1,13 +1,15 @@
-"""Whatever the input, what reads it answers with a value or with the one error that is its own. EXAMPLES raises the number of cases."""
+"""Whatever the input, what reads it answers with a value or with the one error that is its own."""
 
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -15,14 +17,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from diffpref.data.images import ImageError, ImageLimits, decode_image, image_size
+from diffpref.data.json_rows import read_json
 from diffpref.data.schema import caption_problem, label_problem, number_problem, probability, share_of_votes
 from diffpref.data.stored import FileImage, path_problem
 from diffpref.training.config import TrainConfig
 from diffpref.training.settings import build, names_of, parse_flags, read_yaml
 
 T = TypeVar("T")
-EXAMPLES = int(os.environ.get("EXAMPLES", "40"))
-often = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+FEW, MANY = 40, 2_000  # cases per property
 LIMITS = ImageLimits(max_pixels=100_000, max_side=2_000, max_bytes=100_000)
 
 
@@ -66,9 +68,7 @@ def damaged(draw: st.DrawFn) -> bytes:
     return bytes(data)
 
 
-@often
-@given(damaged())
-def test_images(data: bytes) -> None:
+def images(data: bytes) -> None:
     image, _ = answer(lambda: decode_image(data, LIMITS), ImageError)
     size, _ = answer(lambda: image_size(data, LIMITS), ImageError)
     if image is not None:
@@ -77,9 +77,7 @@ def test_images(data: bytes) -> None:
         assert 0 < image.width * image.height <= LIMITS.max_pixels
 
 
-@often
-@given(anything, anything)
-def test_labels_votes_and_captions(first: object, second: object) -> None:
+def labels_votes_and_captions(first: object, second: object) -> None:
     for found in (probability(first, second), probability(first, has_both=False), share_of_votes(first, second)):
         if isinstance(found, float):
             assert 0 <= found <= 1
@@ -94,9 +92,7 @@ def test_labels_votes_and_captions(first: object, second: object) -> None:
 paths = st.lists(st.sampled_from(["..", ".", "", "a", "b.png", "~", "C:", "\\", "\0", "etc", "link", "x" * 300]), max_size=6).map("/".join)
 
 
-@often
-@given(paths | st.text(max_size=30) | scalars)
-def test_paths_stay_in_the_data_folder(name: object) -> None:
+def paths_stay_in_the_data_folder(name: object) -> None:
     home = _home()
     if path_problem(name) is None:
         assert isinstance(name, str)
@@ -112,8 +108,6 @@ def test_paths_stay_in_the_data_folder(name: object) -> None:
 def _home() -> Path:
     """A data folder with a file, a link out of it, and a secret beside it."""
     if not hasattr(_home, "folder"):
-        import tempfile
-
         _home.keep = tempfile.TemporaryDirectory()  # type: ignore[attr-defined]
         outer = Path(_home.keep.name).resolve()  # type: ignore[attr-defined]
         (outer / "data" / "a").mkdir(parents=True)
@@ -129,16 +123,12 @@ NAMES = names_of(TrainConfig)
 values = scalars | st.lists(scalars, max_size=3) | st.sampled_from(["true", "1e400", "nan", "-1", "0", "lora", "none", "9" * 400])
 
 
-@often
-@given(st.dictionaries(st.sampled_from(NAMES), values, max_size=4))
-def test_settings_are_taken_or_refused_by_name(given_settings: dict[str, object]) -> None:
+def settings_are_taken_or_refused_by_name(given_settings: dict[str, object]) -> None:
     config, why = answer(lambda: build(TrainConfig, given_settings), ValueError)
     assert config is not None or any(name in why for name in NAMES)
 
 
-@often
-@given(st.lists(st.sampled_from([f"--{name}" for name in NAMES[:10]]) | st.text(max_size=12), max_size=6))
-def test_flags(words: list[str]) -> None:
+def flags(words: list[str]) -> None:
     found, _ = answer(lambda: parse_flags(words, NAMES), ValueError)
     assert found is None or found.keys() <= set(NAMES)
 
@@ -148,20 +138,67 @@ yaml_text = st.lists(
 )
 
 
-@often
-@given(yaml_text.map("".join) | st.text(max_size=60))
-def test_config_files(text: str) -> None:
+def config_files(text: str) -> None:
     path = _home() / "run.yaml"
     path.write_bytes(text.encode("utf-8", "surrogatepass"))
     found, why = answer(lambda: read_yaml(path, ["seed"]), ValueError)
     assert "run.yaml" in why if found is None else found.keys() <= {"seed"}
 
 
+json_lines = st.lists(
+    st.dictionaries(st.sampled_from(["caption", "label_0", "x"]), anything.map(repr) | st.none() | st.floats(), max_size=3).map(
+        lambda row: json.dumps(row).encode()
+    )
+    | st.binary(max_size=20)
+    | st.sampled_from(
+        [b"[", b"]", b"{}", b"null", b'{"x": 1', b"\xef\xbb\xbf", b"9" * 5000, b"[" * 2000, b'{"x": NaN}', rb'{"x": "\ud800"}']
+    ),
+    max_size=5,
+)
+
+
+def json_rows(lines: list[bytes]) -> None:
+    path = _home() / "rows.jsonl"
+    path.write_bytes(b"\n".join(lines))
+    rows, why = answer(lambda: read_json([path], lambda names: names), ValueError)
+    if rows is None:
+        assert "rows.jsonl" in why
+    else:
+        assert all(place in range(len(rows)) for place in rows.problems)
+        assert all(len(column) == len(rows) for column in rows.columns.values())
+
+
+PROPERTIES: dict[Callable[..., None], tuple[st.SearchStrategy[Any], ...]] = {
+    images: (damaged(),),
+    labels_votes_and_captions: (anything, anything),
+    paths_stay_in_the_data_folder: (paths | st.text(max_size=30) | scalars,),
+    settings_are_taken_or_refused_by_name: (st.dictionaries(st.sampled_from(NAMES), values, max_size=4),),
+    flags: (st.lists(st.sampled_from([f"--{name}" for name in NAMES[:10]]) | st.text(max_size=12), max_size=6),),
+    json_rows: (json_lines,),
+    config_files: (yaml_text.map("".join) | st.text(max_size=60),),
+}
+
+
+def check(holds: Callable[..., None], number: int) -> int:
+    """How many different inputs a property was tried with; always the same ones."""
+    seen = set()
+
+    def counted(values: tuple[Any, ...]) -> None:
+        seen.add(repr(values))
+        holds(*values)
+
+    asked = settings(max_examples=number, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True, database=None)
+    asked(given(st.tuples(*PROPERTIES[holds]))(counted))()
+    return len(seen)
+
+
+@pytest.mark.parametrize("holds", PROPERTIES, ids=lambda holds: holds.__name__)
+def test_property(holds: Callable[..., None]) -> None:
+    assert check(holds, FEW) > FEW // 2
+
+
 @pytest.mark.slow
 def test_ten_thousand_cases() -> None:
-    """Every property with enough cases for ten thousand in all."""
-    properties = [test_images, test_labels_votes_and_captions, test_paths_stay_in_the_data_folder, test_config_files]
-    properties += [test_settings_are_taken_or_refused_by_name, test_flags]
-    many = settings(max_examples=10_000 // len(properties) + 1, deadline=None, suppress_health_check=list(HealthCheck), database=None)
-    for check in properties:
-        many(check)()
+    found = {holds.__name__: check(holds, MANY) for holds in PROPERTIES}
+    print(sum(found.values()), "different inputs:", found)
+    assert sum(found.values()) >= 10_000
