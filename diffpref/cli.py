@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from diffpref.training.launcher import die_with_launcher, leave_processes, use_all_cores
+from diffpref.training.launcher import die_with_launcher, ending_on_signals, leave_processes, use_all_cores
 
 USAGE = """usage: diffpref COMMAND [--setting value ...]
 
@@ -71,7 +71,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in commands:
         return _fail(f"{words[0]!r} is not a command; use {', '.join(commands)}")
     try:
-        code = commands[words[0]](words[1:])
+        with ending_on_signals():
+            code = commands[words[0]](words[1:])
     except ValueError as error:
         return _fail(str(error))
     leave_processes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -33,7 +34,8 @@ class Aligned:
 
     folder: Path
     is_main_process: bool
-    repository: str | None  # its id on the hub, if it was pushed
+    repository: str | None  # its id on the hub, if it was to be pushed
+    pushed: bool  # whether it is there
     timings: dict[str, float]  # seconds
 
 
@@ -44,8 +46,8 @@ def align(config: TrainConfig, method: Method | Objective, notes: Sequence[str] 
     `notes` are lines about where settings came from; they are printed and stored in the manifest. `step_scorer` judges what a method
     that samples its own pairs has sampled, in place of the scorer that the setting of this name names.
 
-    Raises ValueError for settings and data that cannot work, and when the upload fails after everything was written; one of the ends
-    of stopping.py for a run that cannot go on: then the newest checkpoint is complete.
+    Raises ValueError for settings and data that cannot work, and one of the ends of stopping.py for a run that cannot go on: then the
+    newest checkpoint is complete. An upload that fails is an event, and `pushed` is false.
     """
     objective = as_objective(method)
     name = objective.name
@@ -58,7 +60,7 @@ def align(config: TrainConfig, method: Method | Objective, notes: Sequence[str] 
             train(run)
     finally:
         run.log.close()
-    trained = time.perf_counter()
+    trained, pushed = time.perf_counter(), False
     if run.accelerator.is_main_process:
         try:
             with run.exported():
@@ -68,13 +70,16 @@ def align(config: TrainConfig, method: Method | Objective, notes: Sequence[str] 
             raise NotSaved(f"the aligned model could not be written ({error}); {again(run)}") from error
         write_card(run.folder, run.repository)
         if run.repository:
-            upload(config, run.repository, run.folder, [*names, CARD_FILE, CONFIG_FILE], "Aligned model")
+            why = upload(config, run.repository, run.folder, [*names, CARD_FILE, CONFIG_FILE], "Aligned model")
+            pushed = why is None
+            if why:
+                run.log.event(config.max_train_steps, "not uploaded", why)
     run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    run.log.finish(run.config.max_train_steps)
     if run.unsaved:
         raise NotSaved(f"the aligned model is written, but the checkpoint of the last step could not be; {again(run)}")
     timings = {"loading": loaded - start, "training": trained - loaded}
-    return Aligned(run.folder, run.accelerator.is_main_process, run.repository, timings)
+    return Aligned(run.folder, run.accelerator.is_main_process, run.repository, pushed, timings)
 
 
 def again(run: Run) -> str:
@@ -91,15 +96,18 @@ def memory_explained(run: Run) -> Iterator[None]:
         is_memory = isinstance(error, MemoryError | torch.OutOfMemoryError) or "not enough memory" in str(error)
         if not is_memory:
             raise
+        again_with = f"Continue with --resume_from_checkpoint latest --output_dir {run.folder}"
+        if "DataLoader worker" in str(error):
+            raise OutOfMemory(
+                f"a decoding process had no memory for a picture (dataloader_num_workers is {run.config.dataloader_num_workers}; 0 decodes "
+                f"in the training process). Use fewer, or smaller pictures: diffpref inspect lists their sizes. {again_with}"
+            ) from error
         preflight = run.preflight
         counted = preflight.found.get("memory") if preflight else None
         advice = preflight.advice(0.9 * counted["bytes"]) if preflight and counted else "use a smaller train_batch_size, or tune lora"
         parts = ", ".join(f"{name} {words(size)}" for name, size in (counted or {}).items() if name not in _NO_PARTS)
         why = brief(error) + (f"; counted: {parts}" if parts else "")
-        raise OutOfMemory(
-            f"a step did not fit into the memory of {run.accelerator.device} ({why}); {advice}. "
-            f"Continue with --resume_from_checkpoint latest --output_dir {run.folder}"
-        ) from error
+        raise OutOfMemory(f"a step did not fit into the memory of {run.accelerator.device} ({why}); {advice}. {again_with}") from error
 
 
 _NO_PARTS = ("bytes", "is_upper_bound", "available")
@@ -108,5 +116,7 @@ _NO_PARTS = ("bytes", "is_upper_bound", "available")
 def refresh_card(aligned: Aligned, config: TrainConfig) -> None:
     """Put the scores of an evaluation that was written into the run folder on the card, also on the hub."""
     write_card(aligned.folder, aligned.repository)
-    if aligned.repository:
-        upload(config, aligned.repository, aligned.folder, [CARD_FILE, PICTURE], "Scores")
+    if aligned.repository and aligned.pushed:
+        why = upload(config, aligned.repository, aligned.folder, [CARD_FILE, PICTURE], "Scores")
+        if why:
+            print(why, file=sys.stderr)

@@ -33,10 +33,10 @@ def claim_repository(config: TrainConfig, folder: Path) -> str | None:
         ) from error
 
 
-def upload(config: TrainConfig, repository: str, folder: Path, names: Iterable[str], message: str) -> None:
+def upload(config: TrainConfig, repository: str, folder: Path, names: Iterable[str], message: str) -> str | None:
     """Upload these files and folders of `folder` in one commit; the settings go without the paths of this machine.
 
-    Raises ValueError when it fails, saying how to repeat it: the files stay where they are.
+    Returns None, or why it failed and how to repeat it: the run is done, and its files stay where they are.
     """
     operations = [
         CommitOperationAdd(file.relative_to(folder).as_posix(), _content(file)) for name in names for file in _files(folder / name)
@@ -44,10 +44,11 @@ def upload(config: TrainConfig, repository: str, folder: Path, names: Iterable[s
     try:
         HfApi(token=config.hub_token).create_commit(repository, operations, commit_message=message)
     except Exception as error:  # as above
-        raise ValueError(
-            f"the run is complete in {str(folder)!r}, but uploading to hub_model_id {repository!r} failed ({_reason(error, config)}); "
-            f"repeat it with: hf upload {repository} {folder} . --exclude 'checkpoint-*'"
-        ) from error
+        return (
+            f"warning: the run is complete in {str(folder)!r}, but uploading to hub_model_id {repository!r} failed "
+            f"({_reason(error, config)}); repeat it with: hf upload {repository} {folder} . --exclude 'checkpoint-*'"
+        )
+    return None
 
 
 def _files(path: Path) -> Iterator[Path]:

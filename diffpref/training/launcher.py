@@ -6,6 +6,11 @@ import ctypes
 import os
 import signal
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import NoReturn
 
 
 def die_with_launcher() -> None:
@@ -13,6 +18,33 @@ def die_with_launcher() -> None:
     if sys.platform == "linux" and ("ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ):
         pr_set_pdeathsig = 1
         ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+@contextmanager
+def ending_on_signals() -> Iterator[None]:
+    """Within the block SIGTERM, SIGUSR1 and SIGINT end the process in order, with 143 or 130: schedulers know these codes.
+
+    The training loop has handlers of its own, which save first.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield  # the caller handles signals
+        return
+    owner = os.getpid()
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        code = 130 if number == signal.SIGINT else 143
+        if os.getpid() != owner:  # a worker, which has nothing to tell
+            os._exit(code)
+        print(f"stopped by {signal.Signals(number).name}", file=sys.stderr, flush=True)
+        raise SystemExit(code)
+
+    names = [name for name in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+    before = {name: signal.signal(getattr(signal, name), end) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 def use_all_cores() -> None:

@@ -59,7 +59,7 @@ def fit(config: RewardModelConfig, step_aware: StepAwareConfig | None = None) ->
     if run.accelerator.is_main_process:
         export(run, step)
     run.accelerator.wait_for_everyone()
-    run.accelerator.end_training()
+    run.log.finish(run.config.max_train_steps)
     return Fitted(run.folder, run.accelerator.is_main_process, step, run.best.accuracy if run.best else None)
 
 

@@ -146,7 +146,8 @@ class Run:
                     with self.accelerator.autocast():  # the frozen copy is not wrapped, and must compute as the policy does
                         found |= self.validation.accuracy()
                 found |= self.keep_best(step, found)
-            log_images(self.accelerator, step, {"validation/policy": pictures}, self.validation.prompts)
+            shown = partial(log_images, step=step, images={"validation/policy": pictures}, prompts=self.validation.prompts)
+            self.log.track(step, shown)
             if found:
                 self.log.record(step, found)
             if (alarm := held_out_alarm(found)) is not None:

@@ -7,7 +7,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffpref.training.run_folder import write_whole
+from diffpref.training.trackers import tell_trackers
 
 _DIFFUSERS_NAMES = {
     "raw_model_loss": ("error/policy_chosen", "error/policy_rejected"),
@@ -110,7 +111,12 @@ class RunLog:
             finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
             waiting, self.unwritten = bool(self.unwritten), self.unwritten + (json.dumps({"step": step, **finite}) + "\n").encode()
             self._write(silent=waiting)
-        self.accelerator.log({k: v for k, v in values.items() if isinstance(v, int | float)}, step=step)
+        numbers = {k: v for k, v in values.items() if isinstance(v, int | float)}
+        self.track(step, lambda tracker: tracker.log(numbers, step=step))
+
+    def track(self, step: int, tell: Callable[[Any], None]) -> None:
+        """Do something with every tracker; the loss of one is an event."""
+        tell_trackers(self.accelerator, tell, lambda text: self.event(step, "tracker lost", text))
 
     def _write(self, silent: bool) -> None:
         """What cannot be written now stays in memory and follows as soon as there is space."""
@@ -127,6 +133,12 @@ class RunLog:
             self._write(silent=False)
             self.file.close()
             self.file = None
+
+    def finish(self, step: int) -> None:
+        """End the trackers' runs, and the process group."""
+        self.track(step, lambda tracker: tracker.finish())
+        self.accelerator.trackers = []
+        self.accelerator.end_training()
 
     def close(self) -> None:
         """Flush everything."""

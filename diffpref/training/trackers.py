@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,22 @@ def start_trackers(accelerator: Accelerator, project: str, settings: Mapping[str
     accelerator.init_trackers(project, plain, where)
 
 
-def log_images(accelerator: Accelerator, step: int, images: Mapping[str, Images], prompts: list[str]) -> None:
-    """Hand pictures uint8 (N, H, W, 3) by name to the trackers that take any; the others are left with the files."""
-    for tracker in accelerator.trackers:
-        for name, pictures in images.items():
-            if len(pictures):
-                _log_images(tracker, step, name, pictures, prompts)
+def tell_trackers(accelerator: Accelerator, tell: Callable[[Any], None], lost: Callable[[str], None]) -> None:
+    """Do something with every tracker. One that fails is told nothing more, and `lost` is told why: a run never ends for its tracker."""
+    for tracker in list(accelerator.trackers):
+        try:
+            tell(tracker)
+        except Exception as error:  # trackers raise types of their own, and those of what carries them
+            accelerator.trackers.remove(tracker)
+            why = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            lost(f"the tracker {tracker.name} failed ({why}) and is told nothing more; training goes on")
+
+
+def log_images(tracker: Any, step: int, images: Mapping[str, Images], prompts: list[str]) -> None:
+    """Hand pictures uint8 (N, H, W, 3) by name to a tracker, if it takes any; for the others there are the files."""
+    for name, pictures in images.items():
+        if len(pictures):
+            _log_images(tracker, step, name, pictures, prompts)
 
 
 def _log_images(tracker: Any, step: int, name: str, pictures: np.ndarray, prompts: list[str]) -> None:

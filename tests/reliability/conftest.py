@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from tests.reliability.harness import Trainer, diffpref
+from tests.reliability.faults import Limits
+from tests.reliability.harness import NO_LIMITS, Trainer, diffpref
 
 STEPS, EVERY = 12, 3
 
@@ -39,8 +40,8 @@ def settings(sd_folder: Path, pairs_file: Path, table_cache: Path) -> dict[str, 
 def make_trainer(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trainer]:
     """make_trainer(**settings) -> our trainer."""
 
-    def make(file_limit: int | None = None, environment: dict[str, str] | None = None, **more: Any) -> Trainer:
-        return diffpref(settings | more, EVERY, tmp_path_factory.mktemp("logs"), file_limit, environment)
+    def make(limits: Limits = NO_LIMITS, environment: dict[str, str] | None = None, **more: Any) -> Trainer:
+        return diffpref(settings | more, EVERY, tmp_path_factory.mktemp("logs"), limits, environment)
 
     return make
 

@@ -11,7 +11,9 @@ runs another training script with the fault of its first word.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import multiprocessing
 import os
 import re
 import resource
@@ -104,7 +106,47 @@ def act(fault: Fault) -> None:
         raise OSError(code, os.strerror(code))
 
 
-def run_ours(words: Sequence[str], faults: Sequence[Fault], log: str, environment: Mapping[str, str], file_limit: int | None) -> None:
+@dataclass(frozen=True)
+class Limits:
+    """What a process may not do."""
+
+    file_bytes: int | None = None
+    """Size of the largest file that it can write."""
+    worker_bytes: int | None = None
+    """Address space that its workers can take beyond what it has when it begins them."""
+    is_root: bool = True
+    """False: a read-only folder is read-only for it, also when it belongs to root."""
+
+    def set(self) -> None:
+        """Set them for this process. They cannot be taken back."""
+        if self.file_bytes is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_bytes, resource.RLIM_INFINITY))
+        if self.worker_bytes is not None:
+            os.register_at_fork(after_in_child=self._limit_memory)
+        if not self.is_root:
+            give_up_override()
+
+    def _limit_memory(self) -> None:
+        assert self.worker_bytes is not None
+        with open("/proc/self/statm") as file:
+            taken = int(file.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (taken + self.worker_bytes,) * 2)
+
+
+def give_up_override() -> None:
+    """Give up root's right to write where the mode of a folder forbids it (capabilities CAP_DAC_OVERRIDE and CAP_DAC_READ_SEARCH)."""
+    header = (ctypes.c_uint32 * 2)(0x20080522, 0)
+    sets = (ctypes.c_uint32 * 6)()  # effective, permitted and inheritable, twice
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.capget(header, sets):
+        raise OSError(ctypes.get_errno(), "capget")
+    for place in range(3):
+        sets[place] &= ~0b110
+    if libc.capset(header, sets):
+        raise OSError(ctypes.get_errno(), "capset")
+
+
+def run_ours(words: Sequence[str], faults: Sequence[Fault], log: str, environment: Mapping[str, str], limits: Limits) -> None:
     """Target of a child process: `diffpref` with these words, stderr and stdout in files that begin with `log`."""
     for number, name in ((1, "out"), (2, "err")):
         handle = os.open(f"{log}.{name}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
@@ -112,8 +154,8 @@ def run_ours(words: Sequence[str], faults: Sequence[Fault], log: str, environmen
         os.close(handle)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     os.environ.update(environment)
-    if file_limit is not None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+    multiprocessing.set_start_method(None, force=True)  # what starts workers in a process of its own, and not the way this one came
+    limits.set()
     install(faults)
     from diffpref.cli import main
 

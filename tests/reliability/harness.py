@@ -37,8 +37,9 @@ sys.path.insert(0, str(FAULTS.parents[2]))
 from safetensors.torch import load_file  # noqa: E402
 
 from tests.reliability import faults  # noqa: E402
-from tests.reliability.faults import Fault  # noqa: E402
+from tests.reliability.faults import Fault, Limits  # noqa: E402
 
+NO_LIMITS = Limits()
 SECONDS = 300  # for one process, on a machine that does other things too
 
 
@@ -130,7 +131,7 @@ class Trainer:
 
 
 def diffpref(
-    settings: dict[str, Any], every: int, log: Path, file_limit: int | None = None, environment: dict[str, str] | None = None
+    settings: dict[str, Any], every: int, log: Path, limits: Limits = NO_LIMITS, environment: dict[str, str] | None = None
 ) -> Trainer:
     """`diffpref train` with these settings."""
     context = multiprocessing.get_context("forkserver")
@@ -142,7 +143,7 @@ def diffpref(
         for name, value in (settings | more).items():
             words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
         env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})
-        process = context.Process(target=faults.run_ours, args=(words, list(given), str(log), env, file_limit))
+        process = context.Process(target=faults.run_ours, args=(words, list(given), str(log), env, limits))
         process.start()
         return Forked(process)
 
@@ -274,6 +275,14 @@ def await_save(folder: Path, longest: float) -> None:
     known, until = set(folder.glob("*checkpoint-*")), time.monotonic() + longest
     while time.monotonic() < until and not set(folder.glob("*checkpoint-*")) - known:
         time.sleep(0.001)
+
+
+def wait_until(holds: Callable[[], bool], longest: float = 120.0) -> None:
+    """Until something is so; it has to be within so many seconds."""
+    until = time.monotonic() + longest
+    while not holds():
+        assert time.monotonic() < until, "it never came to this"
+        time.sleep(0.01)
 
 
 def lines_of(path: Path) -> int:

@@ -138,8 +138,9 @@ def test_a_failed_upload_keeps_the_model_and_says_how_to_repeat_it(
     fake: FakeHub, train: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     fake.failing = "commit"
-    assert train(push_to_hub=True, hub_token=TOKEN) == 2
+    assert train(push_to_hub=True, hub_token=TOKEN) == 0
     line = error_of(capsys)
+    assert '"not uploaded"' in (tmp_path / "run" / "events.jsonl").read_text()
     assert TOKEN not in line
     assert f"hf upload someone/run {tmp_path / 'run'} . --exclude 'checkpoint-*'" in line
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").is_file()

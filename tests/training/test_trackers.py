@@ -74,7 +74,8 @@ class Recorder:
 def test_every_tracker_gets_pictures_in_its_own_form() -> None:
     made = {name: Recorder(name) for name in ("tensorboard", "wandb", "swanlab", "aim", "clearml")}
     silent = SimpleNamespace(name="mlflow")  # has no pictures, and is not asked
-    log_images(SimpleNamespace(trackers=[*made.values(), silent]), 7, {"validation/policy": PICTURES}, ["one", "two"])  # type: ignore[arg-type]
+    for tracker in (*made.values(), silent):
+        log_images(tracker, 7, {"validation/policy": PICTURES}, ["one", "two"])
     ((values, options),) = made["tensorboard"].calls
     assert values["validation/policy"] is PICTURES
     assert options == {"step": 7, "dataformats": "NHWC"}
@@ -91,7 +92,7 @@ def test_every_tracker_gets_pictures_in_its_own_form() -> None:
 
 def test_no_pictures_are_not_logged() -> None:
     tracker = Recorder("tensorboard")
-    log_images(SimpleNamespace(trackers=[tracker]), 7, {"validation/policy": PICTURES[:0]}, [])  # type: ignore[arg-type]
+    log_images(tracker, 7, {"validation/policy": PICTURES[:0]}, [])
     assert tracker.calls == []
 
 
@@ -107,6 +108,35 @@ def test_trackers_are_told_the_settings_but_no_secret(tmp_path: Path) -> None:
     assert options["wandb"] == {"dir": str(tmp_path / "logs")}
     assert options["tensorboard"] == {"purge_step": 4}
     assert (tmp_path / "logs").is_dir()
+
+
+@pytest.mark.reliability("H2")
+def test_a_run_goes_on_without_its_tracker(prepare: Callable[..., Run]) -> None:
+    """One tracker fails at the second step, one when it is finished; the third is told everything."""
+    from diffpref.training.loop import train
+
+    class Told:
+        def __init__(self, name: str, fails_at: int | None = None, fails_to_finish: bool = False) -> None:
+            self.name, self.fails_at, self.fails_to_finish, self.steps = name, fails_at, fails_to_finish, list[int]()
+
+        def log(self, values: dict[str, Any], step: int) -> None:
+            if step == self.fails_at:
+                raise ConnectionError("unreachable")
+            self.steps.append(step)
+
+        def finish(self) -> None:
+            if self.fails_to_finish:
+                raise ConnectionError("unreachable")
+
+    run = prepare("run", max_train_steps=3)
+    told = [Told("down", fails_at=2), Told("late", fails_to_finish=True), Told("up")]
+    run.accelerator.trackers = [*told]
+    train(run)
+    run.log.finish(3)
+    run.log.close()
+    assert [t.steps for t in told] == [[1], [1, 2, 3], [1, 2, 3]]
+    lost = [line for line in (run.folder / "events.jsonl").read_text().splitlines() if "tracker lost" in line]
+    assert ["the tracker down failed (ConnectionError: unreachable)" in lost[0], "the tracker late" in lost[1]] == [True, True]
 
 
 def test_tensorboard_for_real(run_training: Callable[..., Path], prepare: Callable[..., Run]) -> None:
