@@ -292,7 +292,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pairs", type=int, default=1, help="per step")
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--steps", type=int, default=2)
-    parser.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument("--gradient_checkpointing", choices=("off", "selective", "full"), default="full")
     parser.add_argument("--model", type=Path, help="folder of the random model, made if it is not there; deleted afterwards if not given")
     parser.add_argument("--folder", type=Path, default=Path("outputs/real_size"), help="for the run; deleted before and afterwards")
     args = parser.parse_args(argv)

@@ -82,6 +82,22 @@ def stored(policy: Predict, trainable: Mapping[str, Tensor], weights: Mapping[st
     return predict
 
 
+def one_graph(predict: Predict, no_sync: Callable[[], AbstractContextManager[object]] = nullcontext) -> Predict:
+    """The same function, recorded for a backward pass also where none follows.
+
+    A compiler makes another graph without that record, with other roundings: recorded, policy and reference are one graph. The record is
+    dropped when the call returns. no_sync: a context in which data parallel processes do not wait for its backward pass.
+    """
+
+    def recorded(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        if torch.is_grad_enabled():
+            return predict(x_t, timesteps, cond)
+        with torch.enable_grad(), no_sync():
+            return predict(x_t, timesteps, cond).detach()
+
+    return recorded
+
+
 @torch.no_grad()
 def blend(weights: Mapping[str, Tensor], trainable: Mapping[str, Tensor], decay: float) -> None:
     """Move stored weights towards the policy's in place: w <- decay w + (1 - decay) policy.

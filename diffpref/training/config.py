@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diffpref.training.config_checks import check_cache, check_hub, check_validation
+from diffpref.training.config_checks import check_cache, check_compile, check_hub, check_validation
 from diffpref.training.order import check_order
 
 
@@ -183,8 +183,14 @@ class TrainConfig:
     """AdamW's denominator offset."""
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm."""
-    gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about 25 % more time."""
+    gradient_checkpointing: Literal["off", "selective", "full"] = "off"
+    """What the backward pass computes again to save memory: nothing, what costs little, or all blocks (docs/speed.md)."""
+    channels_last: bool = False
+    """Lay the UNet's pictures out with channels last, which tensor cores prefer for convolutions."""
+    compile: bool = False
+    """Compile the UNet's blocks at the first step, policy and reference as one graph (docs/speed.md)."""
+    compile_backend: str = "inductor"
+    """Backend of torch.compile."""
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Autocast dtype of the UNet's forward passes; the launcher's when not given. Trained weights and losses stay in float32."""
     base_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -240,7 +246,10 @@ class TrainConfig:
     """Token of the hub; the one of `hf auth login` or HF_TOKEN when not given. It is stored nowhere."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.gradient_checkpointing, bool):  # as a switch, which older settings and other scripts have
+            object.__setattr__(self, "gradient_checkpointing", "full" if self.gradient_checkpointing else "off")
         _check_ranges(self)
+        check_compile(self)
         check_cache(self)
         if self.bucket_step != TrainConfig.bucket_step and not self.aspect_ratio_buckets:
             raise ValueError(f"bucket_step is {self.bucket_step}, but there are no buckets; add aspect_ratio_buckets or leave it out")

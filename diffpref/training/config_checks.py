@@ -21,6 +21,20 @@ def check_cache(config: TrainConfig) -> None:
             )
 
 
+def check_compile(config: TrainConfig) -> None:
+    """Settings that contradict compiled blocks, or that would be ignored without them."""
+    if not config.compile:
+        if config.compile_backend != "inductor":
+            raise ValueError(f"compile_backend is {config.compile_backend!r}, but nothing is compiled; add compile or leave it out")
+        return
+    if config.gradient_checkpointing == "selective":
+        raise ValueError(
+            "gradient_checkpointing is selective together with compile, which chooses what to keep within a block; use off or full"
+        )
+    if config.use_dora:
+        raise ValueError("use_dora is true together with compile: the reference would need a graph of its own; drop one of them")
+
+
 def check_hub(config: TrainConfig) -> None:
     """Settings of the hub without an upload, and a token that trackers would store."""
     for name in ("hub_model_id", "hub_token"):

@@ -91,7 +91,8 @@ def remedies(
 
 
 def _neutral(config: TrainConfig) -> list[Changes]:
-    steps: list[Changes] = [] if config.gradient_checkpointing else [{"gradient_checkpointing": True}]
+    ways = ["selective", "full"] if config.gradient_checkpointing == "off" and not config.compile else ["full"]
+    steps: list[Changes] = [{"gradient_checkpointing": how} for how in ways if how != config.gradient_checkpointing]
     size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     smaller = [n for n in range(size - 1, 0, -1) if size % n == 0]
     return steps + [{"train_batch_size": n, "gradient_accumulation_steps": accumulation * size // n} for n in smaller]

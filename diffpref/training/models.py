@@ -12,6 +12,7 @@ from torch import nn
 
 from diffpref.models.attention import use_attention
 from diffpref.models.backbone import Backbone, check_finite, vae_factor, with_text_encoders
+from diffpref.models.execution import compile_regions, set_recompute
 from diffpref.models.lora import add_lora
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import DTYPES
@@ -35,6 +36,8 @@ def load_models(
     note = use_attention(backbone.denoiser, config.attention, side, 2 * config.train_batch_size, dtype, is_training=True)
     if note is not None and PartialState().is_main_process:
         print(note, file=sys.stderr)
+    if config.channels_last:
+        backbone.denoiser.to(memory_format=torch.channels_last)
     if port is None or objective.has_adapter:
         backbone, module = make_trainable(config, backbone)
     if port is not None:
@@ -42,9 +45,16 @@ def load_models(
     is_known = config.reference_errors is not None and Path(config.reference_errors).exists() and not config.validation_steps
     is_frozen = config.tune == "full" and objective.needs_reference and not (config.reference_update_steps or is_known)
     reference = copy.deepcopy(module) if is_frozen else None
-    if config.gradient_checkpointing:
-        backbone.denoiser.enable_gradient_checkpointing()
+    set_recompute(backbone.denoiser, config.gradient_checkpointing)
     module.eval()  # dropout would make policy and reference differ; even of probability 0 it changes memory layouts, and so rounding
+    if config.compile:
+        if port is not None:
+            raise ValueError(
+                f"compile is true, but method {objective.name} has a user branch, without which its reference is another graph"
+            )
+        for network in (module, reference):
+            if network is not None:
+                compile_regions(network, config.compile_backend)
     return backbone, module, reference
 
 
@@ -62,7 +72,7 @@ def make_trainable(config: TrainConfig, backbone: Backbone) -> tuple[Backbone, n
     add_lora(denoiser, config.rank, alpha, config.lora_targets, seed, use_dora=config.use_dora, use_rslora=rslora)
     if not config.train_text_encoder:
         return backbone, denoiser
-    return with_text_encoders(backbone, config.gradient_checkpointing, rank=config.rank, alpha=alpha, seed=seed, use_rslora=rslora)
+    return with_text_encoders(backbone, config.gradient_checkpointing != "off", rank=config.rank, alpha=alpha, seed=seed, use_rslora=rslora)
 
 
 def check_resolution(config: TrainConfig, backbone: Backbone) -> int:

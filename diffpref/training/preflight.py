@@ -102,7 +102,11 @@ class Preflight:
             return []
         tflop = self.found["tflop_per_pair_and_step"] = costs.flops_per_pair / 1e12
         listed = ", ".join(f"{name} {words(size)}" for name, size in sorted(parts.items(), key=lambda part: -part[1]))
-        self.say(f"memory: about {words(needed)} of {words(free)} ({listed}); {tflop:.3g} TFLOP per pair and step")
+        kernels = self.found["kernels_per_micro_batch"] = costs.kernels
+        self.say(
+            f"memory: about {words(needed)} of {words(free)} ({listed}); {tflop:.3g} TFLOP per pair and step, "
+            f"{kernels:,} kernels per micro-batch"
+        )
         problems = []
         if needed > free:
             problems.append(f"training takes about {words(needed)} of memory ({listed}) and there are {words(free)}; {self.advice(free)}")

@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from diffpref.core.policy import adapter_off, frozen, stored, without_user
+from diffpref.core.policy import adapter_off, frozen, one_graph, stored, without_user
 from diffpref.core.process import DdpmProcess
 from diffpref.core.random import derived
 from diffpref.core.types import Conditioning, Predict, PreferenceBatch
@@ -208,6 +208,8 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     validation = Validation.start(config, folder, backbone.pipeline, data.held_out, scorer) if validates else None
     first_step = restore(resume, folder, state, config, accelerator, data.fingerprint)
     policy, alone = backbone.predictor(wrapped), backbone.predictor(module)  # held-out pairs are one process's work
+    if config.compile:
+        policy, alone = one_graph(policy, partial(accelerator.no_sync, wrapped)), one_graph(alone)
     run = Run(
         config=config,
         objective=objective,
@@ -275,7 +277,20 @@ def new_reference(backbone: Backbone, module: nn.Module, frozen_copy: nn.Module 
     """What the policy is compared with: weights that follow it, the frozen copy, or the policy without its adapters and its user."""
     if state.reference is not None:
         return without_user(stored(policy, state.trainable, state.reference))
+    if any(block._compiled_call_impl is not None for block in module.modules()):
+        return compiled_reference(backbone, frozen_copy, policy, state)
     return without_user(adapter_off(module, policy)) if frozen_copy is None else frozen(backbone.predictor, frozen_copy)
+
+
+def compiled_reference(backbone: Backbone, frozen_copy: nn.Module | None, policy: Predict, state: TrainingState) -> Predict:
+    """A reference that a compiler cannot tell from the policy, so that both are one graph: what follows B = 0 in place of adapters off.
+
+    The frozen copy is recorded as the policy is, and nothing ever asks for its gradients.
+    """
+    if frozen_copy is not None:
+        return torch.no_grad()(one_graph(backbone.predictor(frozen_copy.eval().requires_grad_(True))))
+    last = {name: p for name, p in state.trainable.items() if "lora_B" in name}
+    return stored(policy, last, {name: torch.zeros_like(p, requires_grad=False) for name, p in last.items()})
 
 
 def check_reference(config: TrainConfig, objective: Objective) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 from accelerate import Accelerator
 from torch import nn
 
 from diffpref.models.backbone import Backbone, vae_factor
+from diffpref.models.execution import Recompute
 from diffpref.models.lora import ATTENTION
 from diffpref.training.config import TrainConfig
 from diffpref.training.memory import Counts, factored_numbers, latent_cache_bytes, memory_parts, optimizer_bytes
@@ -64,7 +65,7 @@ class RunCosts:
         self.budget = budget
         self.cache = self._cache(len(pixels)) if config.cache_latents and not config.latent_cache else 0
         self.counts = self._counts(accelerator.num_processes)
-        self._steps: dict[tuple[int, bool], StepCost] = {}
+        self._steps: dict[tuple[int, Recompute], StepCost] = {}
         self._bound: int | None = upper_bound(backbone, module, 2 * self.images_per_group * config.train_batch_size, resolution)
         if self.on_gpu or PLENTY * sum(self.parts().values()) > budget:
             self._bound = None
@@ -103,7 +104,7 @@ class RunCosts:
         if key not in self._steps:
             guided = self.objective.guidance_scale != 1
             groups = (config.train_batch_size * (1 + guided), self.images_per_group)
-            how = {"autocast": self.autocast, "checkpointing": key[1], "on_gpu": self.on_gpu}
+            how: dict[str, Any] = {"autocast": self.autocast, "recompute": key[1], "on_gpu": self.on_gpu}
             self._steps[key] = step_cost(self.backbone, self.module, groups, self.resolution, **how)
         return self._steps[key]
 
@@ -112,6 +113,12 @@ class RunCosts:
         """Of policy and reference at one step on the path, with what checkpointing computes again."""
         step = self.step(self.config)
         return (step.flops + (step.forward_flops if self.objective.needs_reference else 0)) / self.config.train_batch_size
+
+    @property
+    def kernels(self) -> int:
+        """Launched by a micro-batch at one step on the path, by policy and reference, uncompiled."""
+        step = self.step(self.config)
+        return step.kernels + (step.forward_kernels if self.objective.needs_reference else 0)
 
     @property
     def host_bytes(self) -> int:

@@ -114,7 +114,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
             return None
         return convert(name, value, next(a for a in args if a is not type(None)))
     if origin is typing.Literal:
-        value = {True: "yes", False: "no"}.get(value, value) if isinstance(value, bool) else value
+        value = _word(value, args)
         if value not in args:
             raise ValueError(f"{name} is {value!r}; accepted: {', '.join(map(str, args))}")
         return value
@@ -135,6 +135,16 @@ def convert(name: str, value: Any, hint: Any) -> Any:
     if type(value) is hint:
         return value
     raise ValueError(f"{name} is {value!r}; it must be {_kind(hint)}")
+
+
+def _word(value: Any, accepted: Sequence[Any]) -> Any:
+    """A switch as the word that means on or off among the accepted ones: `--gradient_checkpointing` is full, false in YAML is no."""
+    if isinstance(value, str) and value not in accepted:
+        value = _TRUTH.get(value.lower(), value)
+    if not isinstance(value, bool):
+        return value
+    words = ("yes", "full") if value else ("no", "off")
+    return next((word for word in words if word in accepted), value)
 
 
 def _kind(hint: Any) -> str:

@@ -87,8 +87,8 @@ def start_adapter(config: TrainConfig, backbone: Backbone) -> tuple[Backbone, nn
         said = ", ".join(f"{name} {value}" for name, value in theirs.items())
         print(f"start_lora: the adapter is trained further as it is: {said}, {len(layers)} layers of the UNet", file=sys.stderr)
     if len(lora.tensors) > 1:
-        return on_token_ids(backbone, config.gradient_checkpointing)
+        return on_token_ids(backbone, config.gradient_checkpointing != "off")
     if not config.train_text_encoder:
         return backbone, backbone.denoiser
     options = {"rank": found.r, "alpha": found.lora_alpha, "use_rslora": found.use_rslora}
-    return with_text_encoders(backbone, config.gradient_checkpointing, seed=config.seed, **options)
+    return with_text_encoders(backbone, config.gradient_checkpointing != "off", seed=config.seed, **options)

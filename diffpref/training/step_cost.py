@@ -1,9 +1,10 @@
-"""What a step takes in bytes and FLOPs, counted on tensors without memory before anything is computed.
+"""What a step takes in bytes, FLOPs and kernels, counted on tensors without memory before anything is computed.
 
 A copy of the network whose tensors are fake (shapes, dtypes and devices, but no numbers) runs one forward and backward pass
 under the autocast, the gradient checkpointing and the adapters of the run. Storages are counted while they live, so the peak is
 what an allocator without waste would need; FLOPs are torch's counts of matrix products, convolutions and attention, two per
-multiply-add. What stays out: workspaces inside kernels, and what the allocator loses by fragmentation.
+multiply-add; kernels are the operators that launch one when nothing is compiled. What stays out: workspaces inside kernels, and
+what the allocator loses by fragmentation.
 """
 
 from __future__ import annotations
@@ -19,11 +20,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import flop_registry
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count
 
 from diffpref.core.types import Conditioning
 from diffpref.models.attention import NATIVE
 from diffpref.models.backbone import FAMILIES, Backbone, vae_factor
+from diffpref.models.execution import Recompute, set_recompute
 from diffpref.models.joint import TextAndUNet
 from diffpref.models.user_attention import UserUNet
 
@@ -38,6 +40,26 @@ class StepCost:
     activations: int  # bytes at the peak of forward and backward pass, less the gradients
     forward_flops: int
     flops: int  # forward and backward, with what checkpointing computes again
+    forward_kernels: int  # operators that launch one: all but views and allocations
+    kernels: int  # forward and backward
+
+
+aten: Any = torch.ops.aten
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query.shape, key.shape, value.shape))
+
+
+def _attention_backward_flops(gradient: Tensor, *inputs: Any, **kwargs: Any) -> int:
+    return 2 * _attention_flops(*inputs[:3])  # four products; that kernels compute the scores again is not counted
+
+
+_ATTENTION: dict[Any, Any] = {  # the operators of a CPU, which torch's table lacks
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+}
+_FLOPS = {**flop_registry, **_ATTENTION}
 
 
 class Counter(TorchDispatchMode):
@@ -45,28 +67,32 @@ class Counter(TorchDispatchMode):
 
     def __init__(self, known: nn.Module | None = None) -> None:
         super().__init__()
-        self.live = self.peak = self.flops = 0
+        self.live = self.peak = self.flops = self.kernels = 0
         self._sizes: dict[int, int] = {}
         for x in () if known is None else [*known.parameters(), *known.buffers()]:
             self._sizes[x.untyped_storage()._cdata] = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        for x in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(x, Tensor):
-                self._add(x.untyped_storage())
-        count = flop_registry.get(func.overloadpacket)
+        outputs = [x for x in (out if isinstance(out, tuple | list) else (out,)) if isinstance(x, Tensor)]
+        writes = [self._add(x.untyped_storage()) for x in outputs]
+        if (any(writes) or func._schema.is_mutable) and "empty" not in func.overloadpacket.__name__:
+            self.kernels += 1
+        count = _FLOPS.get(func.overloadpacket)
         if count:
             self.flops += count(*args, **(kwargs or {}), out_val=out)
         return out
 
-    def _add(self, storage: torch.UntypedStorage) -> None:
+    def _add(self, storage: torch.UntypedStorage) -> bool:
+        """Whether the storage is new."""
         key = storage._cdata
-        if key not in self._sizes:
+        is_new = key not in self._sizes
+        if is_new:
             self._sizes[key] = storage.nbytes()
             self.live += self._sizes[key]
             self.peak = max(self.peak, self.live)
             weakref.finalize(storage, self._drop, key)
+        return is_new
 
     def _drop(self, key: int) -> None:
         self.live -= self._sizes.pop(key)
@@ -79,7 +105,7 @@ def step_cost(
     resolution: int,
     *,
     autocast: bool,
-    checkpointing: bool,
+    recompute: Recompute,
     on_gpu: bool,
 ) -> StepCost:
     """Cost of a forward and backward pass of the trained module over (G, K) pictures of resolution x resolution pixels.
@@ -90,10 +116,7 @@ def step_cost(
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = without_memory(module)
         unet: Any = network.unet if isinstance(network, TextAndUNet | UserUNet) else network
-        if checkpointing:
-            unet.enable_gradient_checkpointing()
-        else:
-            unet.disable_gradient_checkpointing()
+        set_recompute(unet, recompute)
         for processor in unet.attn_processors.values():
             if hasattr(processor, "_attention_backend"):  # other kernels save what torch's does, and some run on GPUs only
                 processor._attention_backend = NATIVE
@@ -105,16 +128,16 @@ def step_cost(
         times = torch.empty(*groups, 6) if backbone.uses_time_ids else None
         counter = Counter(network)
         with counter, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            cond = _encoded(network, cond, checkpointing).map(lambda x: x.expand(-1, groups[1], *x.shape[2:]))
+            cond = _encoded(network, cond, recompute != "off").map(lambda x: x.expand(-1, groups[1], *x.shape[2:]))
             predict = FAMILIES[backbone.family].predictor(unet)
             tokens = torch.empty(*groups, USER_TOKENS, unet.config.cross_attention_dim) if isinstance(network, UserUNet) else None
             told = replace(cond, time_ids=times, user_embeds=tokens)
             prediction = predict(x_t, torch.zeros(groups, dtype=torch.int64), told)
-        forward_flops = counter.flops
+        forward_flops, forward_kernels = counter.flops, counter.kernels
         with counter:
             (prediction.float() - x_t).pow(2).mean().backward()
     gradients = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    return StepCost(max(0, counter.peak - gradients), forward_flops, counter.flops)
+    return StepCost(max(0, counter.peak - gradients), forward_flops, counter.flops, forward_kernels, counter.kernels)
 
 
 def _encoded(network: nn.Module, cond: Conditioning, recompute: bool) -> Conditioning:
@@ -151,7 +174,8 @@ def _normalise_in_float32(denoiser: nn.Module) -> None:
     """Make normalisation layers take and give float32, as autocast makes them on GPUs."""
     for layer in denoiser.modules():
         if isinstance(layer, nn.GroupNorm | nn.LayerNorm):
-            layer.float()
+            for name, p in list(layer.named_parameters(recurse=False)):  # layer.float() cannot change the type of a fake tensor
+                setattr(layer, name, nn.Parameter(torch.empty_like(p, dtype=torch.float32), requires_grad=p.requires_grad))
             layer.register_forward_pre_hook(lambda _, given: (given[0].float(), *given[1:]))
 
 

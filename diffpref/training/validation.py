@@ -22,6 +22,7 @@ from diffpref.core.types import Predict, PreferenceBatch
 from diffpref.data.loader import PairPixels
 from diffpref.data.pairs import PairDataset
 from diffpref.evaluation.generate import Images, contact_sheet, generate
+from diffpref.models.execution import eager
 from diffpref.models.lora import adapted_parts
 from diffpref.models.pipeline import needs_picture
 from diffpref.scorers import scorer_from
@@ -84,14 +85,15 @@ class Validation:
             return self.base_pictures
         was_training = self.pipeline.unet.training
         self.pipeline.unet.eval()
-        pictures = generate(
-            self.pipeline,
-            self.prompts,
-            range(len(self.prompts)),
-            num_inference_steps=PICTURE_STEPS,
-            guidance_scale=PICTURE_GUIDANCE,
-            batch_size=4,
-        )
+        with eager(self.pipeline.unet):
+            pictures = generate(
+                self.pipeline,
+                self.prompts,
+                range(len(self.prompts)),
+                num_inference_steps=PICTURE_STEPS,
+                guidance_scale=PICTURE_GUIDANCE,
+                batch_size=4,
+            )
         self.pipeline.unet.train(was_training)
         return pictures
 

@@ -81,7 +81,7 @@ def test_inpo_and_smpo_are_commands_of_the_salesforce_family(method: str, read: 
     assert objective.method.beta == 2000
     assert objective.path.num_steps == {"inpo": 10, "smpo": 5}[method]
     sdxl, _, _ = read(method, "sdxl", INPO.replace("2000", "5000") + " --sdxl")
-    assert (sdxl.optimizer, sdxl.gradient_checkpointing) == ("adafactor", True)
+    assert (sdxl.optimizer, sdxl.gradient_checkpointing) == ("adafactor", "full")
 
 
 def test_inversion_dpo(read: Any) -> None:

@@ -101,7 +101,7 @@ def test_number_of_checkpoints(steps: int, every: int, first: int, limit: int | 
 
 def needs(config: TrainConfig, counts: Counts) -> int:
     """8 GB per pair, a quarter of it with checkpointing, and the state."""
-    activations = config.train_batch_size * (2 if config.gradient_checkpointing else 8) * 10**9
+    activations = config.train_batch_size * {"off": 8, "selective": 5, "full": 2}[config.gradient_checkpointing] * 10**9
     return sum(memory_parts(config, True, counts, activations).values())
 
 
@@ -114,8 +114,10 @@ def advised(config: TrainConfig, counts: Counts, gigabytes: float, on_gpu: bool 
 
 def test_remedies_leave_the_result_alone_as_long_as_they_can() -> None:
     config = TrainConfig(train_batch_size=6, gradient_accumulation_steps=2)
-    assert advised(config, LORA, 30) == [{"gradient_checkpointing": True}]
-    smaller = {"gradient_checkpointing": True, "train_batch_size": 2, "gradient_accumulation_steps": 6}
+    assert advised(config, LORA, 46) == [{"gradient_checkpointing": "selective"}]
+    assert advised(config, LORA, 30) == [{"gradient_checkpointing": "full"}]
+    assert advised(dataclasses.replace(config, compile=True), LORA, 46) == [{"gradient_checkpointing": "full"}]
+    smaller = {"gradient_checkpointing": "full", "train_batch_size": 2, "gradient_accumulation_steps": 6}
     assert advised(config, LORA, 16) == [smaller]
     frugal = dataclasses.replace(config, gradient_checkpointing=True)
     assert advised(frugal, LORA, 18) == [{"train_batch_size": 3, "gradient_accumulation_steps": 4}]
@@ -141,9 +143,9 @@ def test_remedies_that_other_settings_forbid_are_not_named() -> None:
 
 
 def test_remedies_can_be_typed() -> None:
-    changes = {"gradient_checkpointing": True, "train_batch_size": 3, "gradient_accumulation_steps": 4, "tune": "lora"}
+    changes = {"gradient_checkpointing": "full", "train_batch_size": 3, "gradient_accumulation_steps": 4, "tune": "lora"}
     flags = as_flags(changes)
-    assert flags == "--gradient_checkpointing --train_batch_size 3 --gradient_accumulation_steps 4 --tune lora"
+    assert flags == "--gradient_checkpointing full --train_batch_size 3 --gradient_accumulation_steps 4 --tune lora"
     config = build(TrainConfig, parse_flags(flags.split(), names_of(TrainConfig)))
     assert {name: getattr(config, name) for name in changes} == changes
 

@@ -115,7 +115,7 @@ def test_embeddings_of_pairs(user_pairs: str, tmp_path: Path, prepare: Start) ->
     told = batch.cond.user_embeds
     assert told is not None
     assert told.shape[:2] == batch.relevance.shape
-    cost = step_cost(run.backbone, run.wrapped, (2, 2), 32, autocast=False, checkpointing=False, on_gpu=True)
+    cost = step_cost(run.backbone, run.wrapped, (2, 2), 32, autocast=False, recompute="off", on_gpu=True)
     assert cost.flops > 1.5 * cost.forward_flops > 0  # the branch alone is trained, and counted
     stored = prepare("again", objective(user_dropout=0.5, user_cache=str(tmp_path / "cache")), train_data_dir=user_pairs).port
     assert isinstance(stored, UserPort)
