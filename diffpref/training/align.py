@@ -61,6 +61,7 @@ def align(config: TrainConfig, method: Method | Objective, notes: Sequence[str] 
     finally:
         run.log.close()
     trained, pushed = time.perf_counter(), False
+    run.make_whole()
     if run.accelerator.is_main_process:
         try:
             with run.exported():

@@ -25,6 +25,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from diffpref.training.sharding import collected, split_as
+
 FORMAT = 1
 _MANIFEST = "manifest.json"
 
@@ -205,7 +207,7 @@ def optimizer_tensors(named: Mapping[str, Tensor], optimizer: torch.optim.Optimi
     for name, p in named.items():
         for key, x in optimizer.state.get(p, {}).items():
             if isinstance(x, Tensor):
-                found |= {f"{name}/{key}{part}": inner for part, inner in _inner(x).items()}
+                found |= {f"{name}/{key}{part}": inner for part, inner in _inner(collected(x)).items()}
     return found
 
 
@@ -249,7 +251,7 @@ def restore(
     assert trained == {id(p) for p in named.values()}, "the optimizer must hold exactly the model's trainable parameters"
     with torch.no_grad():
         for name, p in named.items():
-            p.copy_(weights[name])
+            p.copy_(split_as(weights[name], p))
     for key, value in moments.items():
         name, _, entry = key.rpartition("/")
         _put(optimizer, named[name], entry, value)
@@ -271,7 +273,7 @@ def _put(optimizer: torch.optim.Optimizer, p: Tensor, entry: str, value: Tensor)
         getattr(state[entry], part).copy_(value)
     else:
         on_cpu = entry == "step" and not (group.get("fused") or group.get("capturable"))
-        state[entry] = value.clone() if on_cpu else value.to(p.device)
+        state[entry] = value.clone() if on_cpu else split_as(value.to(p.device), p)
 
 
 def _digest(path: Path) -> str:

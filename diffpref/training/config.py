@@ -199,6 +199,8 @@ class TrainConfig:
     """Let GPUs multiply float32 matrices in TF32: faster, with 10 bits of mantissa."""
     attention: str = "sdpa"
     """Attention kernel of the UNet, tried before it is used: sdpa is torch's own choice; xformers and others are in docs/speed.md."""
+    shard: Literal["no", "weights", "gradients"] = "no"
+    """Split over the processes: nothing; weights, gradients and optimizer state; or gradients and optimizer state (docs/scale.md)."""
     preflight: Literal["refuse", "warn", "off"] = "refuse"
     """What happens when memory, disk or kernels would not suffice: the run is refused, warned about, or nothing is checked."""
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from diffpref.models.attention import check_attention
 from diffpref.training.config import TrainConfig
+from diffpref.training.sharding import is_sharded
 from diffpref.training.trackers import tracker_names
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -22,6 +23,9 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def new_accelerator(config: TrainConfig) -> Accelerator:
     """Raises ValueError for settings that this machine cannot run, and for ranks that do not know of each other."""
     logs = Path(str(config.output_dir)) / config.logging_dir
+    for engine, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
+        if os.environ.get(engine, "false").lower() in ("true", "1"):
+            raise ValueError(f"the launcher asks for {name}, which is not supported; use configs/accelerate/ddp.yaml or fsdp2.yaml")
     on_cpu = not torch.cuda.is_available()  # also on a Mac, whose GPU has no float64 for the noise tables
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     check_precision(config, precision, on_cpu)
@@ -84,11 +88,11 @@ def check_ranks_agree(accelerator: Accelerator, facts: Mapping[str, object]) -> 
 
 
 def check_same_weights(accelerator: Accelerator, weights: Mapping[str, Tensor]) -> None:
-    """Ranks hold the same weights, or the run is not data-parallel training. Every rank has to call this.
+    """Ranks hold the same weights, or the run is not data-parallel training; of sharded ones each has its own. Every rank has to call it.
 
     Raises RuntimeError otherwise, which no setting can cause.
     """
-    if accelerator.num_processes == 1:
+    if accelerator.num_processes == 1 or is_sharded(next(iter(weights.values()))):
         return
     total = torch.stack([p.detach().double().sum() for p in weights.values()])[None]
     found = accelerator.gather(total)

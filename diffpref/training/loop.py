@@ -20,6 +20,7 @@ from torch import Tensor
 from diffpref.core.policy import evaluate, two_pass_backward
 from diffpref.core.types import LossOutput, PreferenceBatch
 from diffpref.training.alarms import Alarms
+from diffpref.training.sharding import whole
 from diffpref.training.stopping import MAX_OVERFLOWS, MAX_RETURNS, MAX_SKIPPED, NotFinite, Stopped, StopSignals
 
 if TYPE_CHECKING:  # run.py imports the probe, which learns as this file does
@@ -123,7 +124,7 @@ def learn(run: Run, batch: PreferenceBatch) -> LossOutput:
 def update(run: Run, loss: float) -> float:
     """Clip and step; returns the gradient norm before clipping. A non-finite loss or gradient never reaches the weights."""
     norm = run.accelerator.clip_grad_norm_(run.trainable.values(), run.config.max_grad_norm)
-    norm = float(norm) if isinstance(norm, Tensor) else 0.0
+    norm = float(whole(norm)) if isinstance(norm, Tensor) else 0.0
     scaler, taken = run.accelerator.scaler, math.isfinite(loss) and math.isfinite(norm)
     if taken or (scaler is not None and not math.isfinite(norm)):  # fp16: the scaler skips this step and lowers its scale
         run.optimizer.step()

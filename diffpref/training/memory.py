@@ -50,12 +50,17 @@ def memory_parts(config: TrainConfig, needs_reference: bool, counts: Counts, act
         "weights": counts.weights,
         "reference copy": counts.unet if config.tune == "full" and needs_reference else 0,
         "gradients": 4 * counts.trained,
-        "gradient buckets": 4 * counts.trained if counts.num_processes > 1 else 0,
+        "gradient buckets": 4 * counts.trained if counts.num_processes > 1 and config.shard == "no" else 0,
         "optimizer": optimizer_bytes(config.optimizer, counts),
         "moving average": 4 * counts.trained if config.use_ema else 0,
         "latent cache": counts.cache,
         "activations": activations,
     }
+    if config.shard != "no":  # with `gradients`, all weights of the policy are there between forward and backward pass
+        n = counts.num_processes
+        parts |= {name: parts[name] // n for name in ("reference copy", "gradients", "optimizer")}
+        if config.shard == "weights":
+            parts["weights"] += counts.unet // n - counts.unet
     return {name: size for name, size in parts.items() if size}
 
 

@@ -40,6 +40,7 @@ from diffpref.training.run_folder import claim, open_folder
 from diffpref.training.run_log import RunLog
 from diffpref.training.saving import CheckpointWriter
 from diffpref.training.settings import to_flat
+from diffpref.training.sharding import asked_by_launcher, check_sharding, filled, share_out
 from diffpref.training.sources import held_out_accuracy
 from diffpref.training.state import TrainingState
 from diffpref.training.trackers import log_images, start_trackers
@@ -66,6 +67,7 @@ class Run:
     validation: Validation | None
     data: str  # fingerprint of the training pairs
     port: Port | None = None
+    outline: nn.Module | None = None  # of a sharded module, to be filled for the export
     first_step: int = 0
     repository: str | None = None  # full id on the hub, on the main process of a run that pushes
     preflight: Preflight | None = None
@@ -108,10 +110,11 @@ class Run:
         """Write a checkpoint from the main process; a full disk is reported and training goes on. False if it was not written."""
         saved = True
         check_same_weights(self.accelerator, self.trainable)
+        tensors = self.state.tensors() if self.accelerator.is_main_process or self.outline is not None else {}
         if self.accelerator.is_main_process:
             facts = {"pairs_per_update": pairs_per_update(self.config, self.accelerator), "data": self.data}
             write = self.writer.save_last if is_last else self.writer.save
-            saved = write(step, self.state.tensors(), self.state.numbers() | facts)
+            saved = write(step, tensors, self.state.numbers() | facts)
         self.accelerator.wait_for_everyone()
         return saved
 
@@ -169,6 +172,11 @@ class Run:
                 self.log.event(step, "not saved", f"best weights of step {step} not written ({reason}); training goes on")
         return {"early_stopping/best": early.best, "early_stopping/best_step": early.best_step, "early_stopping/waited": early.waited}
 
+    def make_whole(self) -> None:
+        """Put a sharded model's weights together in the main process, for the export. Every rank has to call this."""
+        if self.outline is not None:
+            self.backbone.pipeline.unet = filled(self.outline, self.wrapped)
+
     @contextmanager
     def exported(self) -> Iterator[None]:
         """Within the block the model has the weights to export: of the best validation under early stopping, else the validated ones."""
@@ -187,7 +195,7 @@ class Run:
 
 def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] = (), step_scorer: StepScorer | None = None) -> Run:
     """Check, load and connect everything, the cheap checks first; step_scorer: see `align`. Raises ValueError for what a user can mend."""
-    notes = [*notes, *check_optimizer(config)]
+    config, notes = launched(config, notes)
     accelerator = new_accelerator(config)
     accelerator.print("".join(f"{note}\n" for note in notes), end="", file=sys.stderr)
     preflight = Preflight(config, accelerator)
@@ -200,8 +208,9 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     supply = data.supply(config, objective, backbone, accelerator)
     preflight.config = config = supply.config
     preflight.check_model(objective, backbone, module, supply.pictures, folder, resume)
+    outline = share_out(config, module, frozen_copy)
     state = TrainingState.start(config, module, accelerator, objective, supply.pictures)
-    wrapped, optimizer = accelerator.prepare(module, state.optimizer)
+    wrapped, optimizer = (module, accelerator.prepare(state.optimizer)) if outline else accelerator.prepare(module, state.optimizer)
     if module is not backbone.denoiser:
         accelerator.prepare_model(backbone.denoiser, evaluation_mode=True)  # pictures are then drawn in the precision of training
     validates = config.validation_steps and accelerator.is_main_process
@@ -227,6 +236,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
         validation=validation,
         data=data.fingerprint,
         port=data.port,
+        outline=outline,
         first_step=first_step,
         repository=repository,
     )
@@ -235,6 +245,11 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
         compared = alone, new_reference(backbone, module, frozen_copy, alone, state)
         validation.accuracy = held_out_accuracy(config, data.held_out, objective.groups, backbone, compared, supply.encoder, data.port)
     return run
+
+
+def launched(config: TrainConfig, notes: Sequence[str]) -> tuple[TrainConfig, list[str]]:
+    """The settings with what the launcher asks for, and the lines that the user should see. Raises ValueError as check_optimizer does."""
+    return dataclasses.replace(config, shard=asked_by_launcher() or config.shard), [*notes, *check_optimizer(config)]
 
 
 def begin(run: Run, preflight: Preflight, source: Begin, data: RunPairs | RunPrompts, notes: Sequence[str]) -> None:
@@ -269,6 +284,7 @@ def claim_places(config: TrainConfig, objective: Objective, accelerator: Acceler
     """
     folder, resume = claim(config, objective, accelerator)
     check_reference(config, objective)
+    check_sharding(config, objective)
     check_reference_errors(config, objective)
     return folder, resume, claim_repository(config, folder) if accelerator.is_main_process else None
 

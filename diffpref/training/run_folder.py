@@ -63,6 +63,7 @@ _MAY_CHANGE = {
     "channels_last",
     "compile",
     "compile_backend",
+    "shard",
     "preflight",
     "train_batch_size",
     "gradient_accumulation_steps",

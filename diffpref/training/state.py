@@ -24,6 +24,7 @@ from diffpref.training.objective import Objective
 from diffpref.training.optim import move_schedule, new_optimizer, new_schedule
 from diffpref.training.reliability import Reliability
 from diffpref.training.run_costs import Pictures
+from diffpref.training.sharding import collected
 from diffpref.training.stopping import EarlyStopping
 
 
@@ -65,9 +66,9 @@ class TrainingState:
         return cls(trainable, optimizer, schedule, ema, early, accelerator.scaler, moving, reliability, rollout=rollout)
 
     def tensors(self) -> dict[str, Mapping[str, Tensor]]:
-        """For a checkpoint, by file; call it while the trained weights are in place."""
+        """For a checkpoint, by file; call it while the trained weights are in place, and of a sharded run in every process."""
         found: dict[str, Mapping[str, Tensor]] = {
-            "weights": self.trainable,
+            "weights": {name: collected(p) for name, p in self.trainable.items()},
             "optimizer": checkpoint.optimizer_tensors(self.trainable, self.optimizer),
         }
         found |= {"ema": self.ema.average} if self.ema else {}

@@ -1,0 +1,126 @@
+"""Weights, gradients and optimizer state split over the processes: torch's fully_shard (FSDP2), one unit per block of the UNet.
+
+Sharded is what is trained, and by itself the frozen copy that full training compares with. Checkpoints and the export hold whole tensors,
+so that a run may go on with another number of processes.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from diffpref.training.config import TrainConfig
+from diffpref.training.objective import Objective
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
+"""Classes whose weights are gathered together, when they are needed; all others belong to the whole model's unit."""
+_LAUNCHER = "ACCELERATE_USE_FSDP"
+
+
+def asked_by_launcher() -> Literal["weights", "gradients"] | None:
+    """What a configuration of accelerate for FSDP asks for, as a value of `shard`; the request is then taken over from accelerate.
+
+    accelerate's own wrapper prepares one model, on GPUs only, and leaves a frozen reference whole. Raises ValueError for FSDP1 and for
+    weights kept in RAM.
+    """
+    if os.environ.get(_LAUNCHER, "false").lower() not in ("true", "1"):
+        return None
+    version = os.environ.get("FSDP_VERSION", "1")
+    if version != "2":
+        raise ValueError(f"fsdp_version is {version}; this program shards with version 2: see configs/accelerate/fsdp2.yaml")
+    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1"):
+        raise ValueError("fsdp_offload_params is true, which is not supported; set it to false")
+    os.environ[_LAUNCHER] = "false"
+    return "weights" if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("true", "1") else "gradients"
+
+
+def check_sharding(config: TrainConfig, objective: Objective) -> None:
+    """Raises ValueError for what needs whole weights between steps, or forward passes that processes do not make together."""
+    if config.shard == "no":
+        return
+    where = f"shard is {config.shard}, but "
+    for name in ("use_ema", "validation_steps", "reference_update_steps", "train_text_encoder", "use_dora"):
+        if getattr(config, name):
+            raise ValueError(f"{where}{name} is {getattr(config, name)}, which needs whole weights between steps; use shard no, or drop it")
+    if config.base_dtype != "fp32":
+        raise ValueError(f"{where}base_dtype is {config.base_dtype}; weights of one unit must have one dtype: use base_dtype fp32")
+    if config.optimizer != "adamw":
+        raise ValueError(f"{where}optimizer is {config.optimizer}, which looks at whole tensors; use adamw, or shard no")
+    if objective.conditioning or objective.source:
+        raise ValueError(f"{where}method {config.method} asks its network outside of the shared forward passes; use shard no")
+    if not getattr(objective.path, "equal_forwards", True):
+        raise ValueError(f"{where}processes would ask the network different numbers of times; add --equal_forwards, or use shard no")
+
+
+def share_out(config: TrainConfig, module: nn.Module, frozen_copy: nn.Module | None) -> nn.Module | None:
+    """Split the trained module and its frozen copy in place, as `shard` asks; an outline of the module, None where nothing is split.
+
+    Every process has to call this, with equal weights. Raises ValueError without a process group.
+    """
+    if config.shard == "no":
+        return None
+    if not dist.is_initialized():
+        raise ValueError(f"shard is {config.shard}, but there is one process; launch several with torchrun or accelerate, or use shard no")
+    empty = {id(p): nn.Parameter(torch.empty_like(p, device="meta"), requires_grad=p.requires_grad) for p in module.parameters()}
+    outline = copy.deepcopy(module, dict(empty))
+    for part in (module, frozen_copy):
+        if part is not None:
+            _split(part, again=config.shard == "weights")
+    return outline
+
+
+def _split(module: nn.Module, again: bool) -> None:
+    """again: drop gathered weights after the forward pass, and gather them once more for the backward pass."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(next(module.parameters()).device.type, (dist.get_world_size(),))
+    for part in list(module.modules()):
+        if type(part).__name__ in UNITS:
+            fully_shard(part, mesh=mesh, reshard_after_forward=again)
+    fully_shard(module, mesh=mesh, reshard_after_forward=again)
+
+
+def is_sharded(x: Tensor) -> bool:
+    """Whether this process has a part of `x` only."""
+    return hasattr(x, "device_mesh")
+
+
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor; every process has to call this for a sharded one."""
+    return x.detach().full_tensor() if is_sharded(x) else x  # type: ignore[attr-defined]
+
+
+def collected(x: Tensor) -> Tensor:
+    """All of a sharded tensor in the RAM of process 0, nothing elsewhere; `x` itself if it is not sharded. Every process has to call it."""
+    if not is_sharded(x):
+        return x
+    full = whole(x)
+    return full.cpu() if dist.get_rank() == 0 else full.new_empty(0)
+
+
+def split_as(x: Tensor, example: Tensor) -> Tensor:
+    """The whole tensor `x`, split as `example` is, of which it has the shape; `x` itself where that is not sharded."""
+    if not is_sharded(example) or x.shape != example.shape:
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    split: DTensor = example  # type: ignore[assignment]
+    return distribute_tensor(x.to(split.device), split.device_mesh, split.placements, src_data_rank=None)
+
+
+def filled(outline: nn.Module, module: nn.Module) -> nn.Module:
+    """`outline` with the whole weights of the sharded `module` in process 0; elsewhere empty. Every process has to call this."""
+    weights = {name: collected(p) for name, p in module.named_parameters()}
+    for name, p in list(outline.named_parameters()):
+        owner, _, own = name.rpartition(".")
+        outline.get_submodule(owner)._parameters[own] = nn.Parameter(weights[name], requires_grad=p.requires_grad)
+    return outline
