@@ -210,9 +210,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
     preflight.check_model(objective, backbone, module, supply.pictures, folder, resume)
     outline = share_out(config, module, frozen_copy)
     state = TrainingState.start(config, module, accelerator, objective, supply.pictures)
-    wrapped, optimizer = (module, accelerator.prepare(state.optimizer)) if outline else accelerator.prepare(module, state.optimizer)
-    if module is not backbone.denoiser:
-        accelerator.prepare_model(backbone.denoiser, evaluation_mode=True)  # pictures are then drawn in the precision of training
+    wrapped, optimizer = prepared(accelerator, backbone, module, state.optimizer, is_split=outline is not None)
     validates = config.validation_steps and accelerator.is_main_process
     validation = Validation.start(config, folder, backbone.pipeline, data.held_out, scorer) if validates else None
     first_step = restore(resume, folder, state, config, accelerator, data.fingerprint)
@@ -245,6 +243,18 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
         compared = alone, new_reference(backbone, module, frozen_copy, alone, state)
         validation.accuracy = held_out_accuracy(config, data.held_out, objective.groups, backbone, compared, supply.encoder, data.port)
     return run
+
+
+def prepared(
+    accelerator: Accelerator, backbone: Backbone, module: nn.Module, optimizer: torch.optim.Optimizer, is_split: bool
+) -> tuple[nn.Module, torch.optim.Optimizer]:
+    """Module and optimizer as accelerate wraps them; a module whose weights are split exchanges gradients by itself."""
+    if is_split:
+        return module, accelerator.prepare(optimizer)
+    wrapped, prepared_optimizer = accelerator.prepare(module, optimizer)
+    if module is not backbone.denoiser:
+        accelerator.prepare_model(backbone.denoiser, evaluation_mode=True)  # pictures are then drawn in the precision of training
+    return wrapped, prepared_optimizer
 
 
 def launched(config: TrainConfig, notes: Sequence[str]) -> tuple[TrainConfig, list[str]]:

@@ -43,13 +43,13 @@ def asked_by_launcher() -> Literal["weights", "gradients"] | None:
 
 
 def check_sharding(config: TrainConfig, objective: Objective) -> None:
-    """Raises ValueError for what needs whole weights between steps, or forward passes that processes do not make together."""
+    """Raises ValueError for what needs whole weights, and for forward passes that processes do not make together."""
     if config.shard == "no":
         return
     where = f"shard is {config.shard}, but "
-    for name in ("use_ema", "validation_steps", "reference_update_steps", "train_text_encoder", "use_dora"):
+    for name in ("use_ema", "validation_steps", "reference_update_steps", "train_text_encoder", "use_dora", "compile"):
         if getattr(config, name):
-            raise ValueError(f"{where}{name} is {getattr(config, name)}, which needs whole weights between steps; use shard no, or drop it")
+            raise ValueError(f"{where}{name} is {getattr(config, name)}, which does not work with split weights; use shard no, or drop it")
     if config.base_dtype != "fp32":
         raise ValueError(f"{where}base_dtype is {config.base_dtype}; weights of one unit must have one dtype: use base_dtype fp32")
     if config.optimizer != "adamw":
