@@ -58,4 +58,4 @@ def test_the_table_of_the_page_is_the_models() -> None:
 def test_the_command_answers() -> None:
     words = [sys.executable, str(ROOT / "benchmarks" / "cost_model.py"), "--method", "inpo", "--gpus", "64"]
     done = subprocess.run(words, capture_output=True, text=True, check=True)
-    assert "pairs per second   198" in done.stdout
+    assert "pairs per second   197.7" in done.stdout
