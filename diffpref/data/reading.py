@@ -223,7 +223,8 @@ def hub_error(name: str, split: str, error: Exception) -> ValueError:
     return ValueError(
         f"{name!r} is no local file or folder, and loading split {split!r} of the data set of that name from the hub failed "
         f"({type(error).__name__}: {str(error).strip()[:300]}). Pick-a-Pic v1 and v2 are reported gone from their hub names. To use a "
-        f"local copy, give its folder as train_data_dir; docs/data.md lists the accepted forms and sets to use instead"
+        f"local copy, give its folder as train_data_dir, or set HF_HUB_OFFLINE=1 if it is in the hub's cache; docs/data.md lists the "
+        f"accepted forms and sets to use instead"
     )
 
 

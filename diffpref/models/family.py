@@ -10,11 +10,15 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig
 
 from diffpref.models.files import PICKLED, Shapes, read_shapes
+from diffpref.models.hub_access import check_hub_answers
 from diffpref.models.lora import LORA_FILE
 from diffpref.models.single_file import CLIP_SD, CLIP_XL, OPEN_CLIP_REFINER, OPEN_CLIP_SD, OPEN_CLIP_XL, UNET, VAE
 
 SETTING = "pretrained_model_name_or_path"
 SUPPORTED = "SD1.x, SD2.x, SDXL and the SDXL refiner are supported"
+
+
+CACHED = ". If a download broke off, repeat the command; what is in the hub's cache is used with HF_HUB_OFFLINE=1"
 
 
 def model_family(source: str, revision: str | None = None) -> str:
@@ -35,7 +39,7 @@ def model_family(source: str, revision: str | None = None) -> str:
         if unet.get("addition_embed_type") == "text_time":
             check_part(source, index, "text_encoder_2")
             pooled = CLIPTextConfig.from_pretrained(source, subfolder="text_encoder_2", revision=revision).projection_dim
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as in read_index
         raise ValueError(f"{SETTING} {source!r}: the config of a part cannot be read ({one_line(error)}); download it again") from error
     return family_of_config(unet, pooled, source)
 
@@ -118,9 +122,10 @@ def read_index(source: str, revision: str | None) -> dict[str, Any]:
                 f"{SETTING} {source!r} is one part of a model (config.json without model_index.json); give the complete model as "
                 f"{SETTING}, and a UNet as unet_init or an autoencoder as pretrained_vae_model_name_or_path"
             )
+    check_hub_answers(SETTING, source, revision)
     try:
         return dict(DiffusionPipeline.load_config(source, revision=revision))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the client of the hub passes on its transport's errors, whose types differ between its versions
         raise unreadable(source, error) from error
 
 
@@ -142,7 +147,7 @@ def unreadable(source: str, error: Exception) -> ValueError:
     return ValueError(
         f"{SETTING} {source!r} could not be loaded as a diffusers pipeline ({one_line(error)}). "
         f"Give a {place} that holds model_index.json and .safetensors weights, as written by save_pretrained, "
-        "or a single .safetensors checkpoint"
+        f"or a single .safetensors checkpoint{'' if Path(source).exists() else CACHED}"
     )
 
 

@@ -14,7 +14,6 @@ from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import SingleFileComponentError
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError
 from torch import nn
 
 from diffpref.models.family import (
@@ -28,6 +27,7 @@ from diffpref.models.family import (
     unreadable,
 )
 from diffpref.models.files import Shapes, check_fits, check_folder_files
+from diffpref.models.hub_access import downloaded
 from diffpref.models.parts import load_unet, load_vae
 from diffpref.models.single_file import OPEN_CLIP_SD, UNET, V_PREDICTION_KEY, VAE, ZERO_SNR_KEY, single_file_shapes
 
@@ -163,8 +163,9 @@ def _from_folder(
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", ".*torch_dtype", FutureWarning)
-            return DiffusionPipeline.from_pretrained(source, revision=revision, variant=variant, use_safetensors=True, **parts, **extra)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            given = {"revision": revision, "variant": variant, "use_safetensors": True, **parts, **extra}
+            return downloaded(source, lambda: DiffusionPipeline.from_pretrained(source, **given))
+    except Exception as error:  # those of safetensors and of the hub's transport too
         if Path(source).is_dir():
             check_folder_files(Path(source), variant, SETTING)
         raise unreadable(source, error) from error

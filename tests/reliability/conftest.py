@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.reliability.faults import Limits
-from tests.reliability.harness import NO_LIMITS, Trainer, diffpref
+from tests.reliability.harness import Trainer, diffpref
 
 STEPS, EVERY = 12, 3
 
@@ -40,8 +39,8 @@ def settings(sd_folder: Path, pairs_file: Path, table_cache: Path) -> dict[str, 
 def make_trainer(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trainer]:
     """make_trainer(**settings) -> our trainer."""
 
-    def make(limits: Limits = NO_LIMITS, environment: dict[str, str] | None = None, **more: Any) -> Trainer:
-        return diffpref(settings | more, EVERY, tmp_path_factory.mktemp("logs"), limits, environment)
+    def make(environment: dict[str, str] | None = None, **more: Any) -> Trainer:
+        return diffpref(settings | more, EVERY, tmp_path_factory.mktemp("logs"), environment)
 
     return make
 

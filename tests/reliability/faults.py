@@ -4,15 +4,16 @@ Most hang on Python's audit events, which the interpreter raises for files and f
 kills the process at the moment in which it renames the first path that the pattern is found in. Two events are ours: "fsync",
 and "backward", the backward pass of any loss.
 
-    python tests/reliability/faults.py 'SIGKILL os.rename tmp- 2' train.py --setting value ...
+    python tests/reliability/faults.py FAULTS train.py --setting value ...
 
-runs another training script with the fault of its first word.
+runs any training script with faults and limits, which `as_text` puts into one word.
 """
 
 from __future__ import annotations
 
 import ctypes
 import errno
+import json
 import multiprocessing
 import os
 import re
@@ -22,7 +23,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -39,11 +40,10 @@ class Fault:
     rank: int | None = None
     """Only in the process of this rank."""
 
-    @classmethod
-    def parse(cls, text: str) -> Fault:
-        """From words separated by spaces: what, event, match, count."""
-        words = text.split()
-        return cls(words[0], words[1], words[2] if len(words) > 2 else "", int(words[3]) if len(words) > 3 else 1)
+
+def as_text(faults: Sequence[Fault], limits: Limits | None = None) -> str:
+    """Faults and limits as one word of a command."""
+    return json.dumps({"faults": [asdict(fault) for fault in faults], "limits": asdict(limits or Limits())})
 
 
 def install(faults: Sequence[Fault]) -> None:
@@ -163,7 +163,9 @@ def run_ours(words: Sequence[str], faults: Sequence[Fault], log: str, environmen
 
 
 if __name__ == "__main__":
-    install([Fault.parse(sys.argv[1])] if sys.argv[1] else [])
+    given = json.loads(sys.argv[1])
+    Limits(**given["limits"]).set()
+    install([Fault(**fault) for fault in given["faults"]])
     sys.argv = sys.argv[2:]
     sys.path.insert(0, os.path.dirname(os.path.abspath(sys.argv[0])))
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -1,17 +1,11 @@
 """Starts training processes, breaks them with faults from outside, and tells what was lost.
 
 One `Trainer` says how a training script is started and where its results lie. Ours is forked from a process that has imported
-everything; any other script is started as it is:
-
-    python tests/reliability/harness.py --steps 12 --every 3 --result '{folder}/result.json' \\
-        -- train.py --output_dir '{folder}' --max_steps '{steps}' --save_every '{every}' '{resume:--resume latest}'
-
-prints the table of the crash cases for that script. Its checkpoints have to be folders `<name>-<step>` in {folder}.
+everything; any other script is started as it is (any_script.py puts the crash cases to it).
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import multiprocessing
@@ -22,7 +16,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -104,7 +97,7 @@ class Spawned:
 class Trainer:
     """A way to train: start(folder, steps, resume, faults, log) -> process; and what a finished run leaves."""
 
-    begin: Callable[[Path, bool, Sequence[Fault], Path], Process]
+    begin: Callable[[Path, bool, Sequence[Fault], Limits, Path], Process]
     result: Callable[[Path], str]
     """A digest of what the run was for."""
     every: int
@@ -112,11 +105,11 @@ class Trainer:
     log: Path
     runs: int = field(default=0)
 
-    def start(self, folder: Path, resume: bool, *faults: Fault) -> tuple[Process, Callable[[], Outcome]]:
+    def start(self, folder: Path, resume: bool, *faults: Fault, limits: Limits = NO_LIMITS) -> tuple[Process, Callable[[], Outcome]]:
         """A process, and what to call for its end."""
         self.runs += 1
         log, begun = self.log / f"run-{self.runs}", time.monotonic()
-        process = self.begin(folder, resume, faults, log)
+        process = self.begin(folder, resume, faults, limits, log)
 
         def end() -> Outcome:
             code = process.wait()
@@ -125,19 +118,17 @@ class Trainer:
 
         return process, end
 
-    def run(self, folder: Path, *faults: Fault, resume: bool = False) -> Outcome:
+    def run(self, folder: Path, *faults: Fault, resume: bool = False, limits: Limits = NO_LIMITS) -> Outcome:
         """Until the process ends."""
-        return self.start(folder, resume, *faults)[1]()
+        return self.start(folder, resume, *faults, limits=limits)[1]()
 
 
-def diffpref(
-    settings: dict[str, Any], every: int, log: Path, limits: Limits = NO_LIMITS, environment: dict[str, str] | None = None
-) -> Trainer:
+def diffpref(settings: dict[str, Any], every: int, log: Path, environment: dict[str, str] | None = None) -> Trainer:
     """`diffpref train` with these settings."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.reliability.warm"])
 
-    def begin(folder: Path, resume: bool, given: Sequence[Fault], log: Path) -> Process:
+    def begin(folder: Path, resume: bool, given: Sequence[Fault], limits: Limits, log: Path) -> Process:
         words = ["train"]
         more = {"output_dir": folder, "checkpointing_steps": every} | ({"resume_from_checkpoint": "latest"} if resume else {})
         for name, value in (settings | more).items():
@@ -155,15 +146,14 @@ def final_state(folder: Path) -> str:
     newest = max(folder.glob("checkpoint-*"), key=step_of)
     digest = hashlib.sha256(newest.name.encode())
     for path in [*sorted(newest.glob("*.safetensors")), *sorted(folder.glob("*.safetensors"))]:
-        for name, x in sorted(load_file(path).items()):  # what the header says beside the tensors stands in random order
-            digest.update(f"{path.name} {name} {x.dtype} {tuple(x.shape)}".encode() + x.numpy().tobytes())
+        digest.update(f"{path.name} {file_digest(path)}".encode())
     for line in (folder / "metrics.jsonl").read_text().splitlines():
         values = {name: value for name, value in json.loads(line).items() if not name.startswith("time/")}
         digest.update(json.dumps(values).encode())
     return digest.hexdigest()
 
 
-def any_script(words: Sequence[str], steps: int, every: int, result: str, log: Path) -> Trainer:
+def any_script(words: Sequence[str], steps: int, every: int, result: str, log: Path, environment: dict[str, str] | None = None) -> Trainer:
     """A training script; `words` may hold {folder}, {steps}, {every} and {resume:words to resume}."""
 
     def filled(word: str, folder: Path, resume: bool) -> list[str]:
@@ -172,17 +162,26 @@ def any_script(words: Sequence[str], steps: int, every: int, result: str, log: P
             return match[1].split() if resume else []
         return [word.format(folder=folder, steps=steps, every=every)]
 
-    def begin(folder: Path, resume: bool, given: Sequence[Fault], log: Path) -> Process:
-        assert len(given) <= 1
-        fault = " ".join(map(str, (given[0].what, given[0].event, given[0].match, given[0].count))) if given else ""
+    def begin(folder: Path, resume: bool, given: Sequence[Fault], limits: Limits, log: Path) -> Process:
         command = [part for word in words for part in filled(word, folder, resume)]
-        return Spawned([sys.executable, str(FAULTS), fault, *command], log, {"OMP_NUM_THREADS": "1"})
+        return Spawned(
+            [sys.executable, str(FAULTS), faults.as_text(given, limits), *command], log, {"OMP_NUM_THREADS": "1"} | (environment or {})
+        )
 
-    def digest(folder: Path) -> str:
-        path = Path(result.format(folder=folder))
-        return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "nothing"
+    return Trainer(begin, lambda folder: file_digest(Path(result.format(folder=folder))), every, log)
 
-    return Trainer(begin, digest, every, log)
+
+def file_digest(path: Path) -> str:
+    """Of what a file says: the header of safetensors stands in random order beside its tensors."""
+    if not path.is_file():
+        return "nothing"
+    digest = hashlib.sha256()
+    if path.suffix == ".safetensors":
+        for name, x in sorted(load_file(path).items()):
+            digest.update(f"{name} {x.dtype} {tuple(x.shape)}".encode() + x.numpy().tobytes())
+    else:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def step_of(folder: Path) -> int:
@@ -288,70 +287,3 @@ def wait_until(holds: Callable[[], bool], longest: float = 120.0) -> None:
 def lines_of(path: Path) -> int:
     """Complete lines of a file; 0 without it."""
     return path.read_text().count("\n") if path.exists() else 0
-
-
-def crash_cases(trainer: Trainer, home: Path, kills: int, longest: float) -> list[Row]:
-    """The crash cases that need nothing but a command: R1, R3 in its general form, R4, R6, R7."""
-    whole, rows = home / "whole", []
-    first = trainer.run(whole)
-    again = Row("R1")
-    trainer.run(home / "again")
-    again.add(0, first.code == 0 and trainer.result(whole) == trainer.result(home / "again") != "nothing", "two runs differ")
-    rows.append(again)
-    want = trainer.result(whole)
-
-    def resumed(row: Row, folder: Path, lost: int) -> None:
-        outcome = trainer.run(folder, resume=True)
-        same = outcome.code == 0 and trainer.result(folder) == want
-        row.add(lost, same, f"resume: exit {outcome.code}, {'another result' if outcome.code == 0 else outcome.last_line[:80]}")
-
-    row = Row("R3")
-    for event, count in (("os.mkdir", 2), ("open", 3), ("os.rename", 2)):
-        folder = home / f"kill-{event}"
-        trainer.run(folder, Fault("SIGKILL", event, f"{re.escape(str(folder))}/", count))
-        resumed(row, folder, trainer.every)
-    rows.append(row)
-    row = Row("R6")
-    for what, codes in (("SIGTERM", (143,)), ("SIGINT", (130,))):
-        folder = home / what
-        outcome = trainer.run(folder, Fault(what, "backward", count=trainer.every + 2))
-        lost = trainer.every + 2 - newest_step(folder)
-        resumed(row, folder, lost)
-        row.add(lost, outcome.code in codes and lost == 0, f"{what}: exit {outcome.code}, {lost} steps lost")
-    rows.append(row)
-    row = Row("R7")
-    folder = home / "damaged"
-    trainer.run(folder, Fault("SIGKILL", "backward", count=2 * trainer.every + 2))
-    newest = max(folder.glob("[!.]*-*"), key=step_of, default=None)
-    if newest is not None:
-        largest = max((p for p in newest.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
-        data = bytearray(largest.read_bytes())
-        data[-1] ^= 1
-        largest.write_bytes(bytes(data))
-    resumed(row, folder, trainer.every)
-    rows.append(row)
-    row = random_kills(trainer, home / "random", want, kills, 0, longest)
-    resumed(row, home / "random", trainer.every)
-    rows.append(row)
-    return rows
-
-
-def main() -> int:
-    """The table for any script."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--every", type=int, default=3)
-    parser.add_argument("--kills", type=int, default=5)
-    parser.add_argument("--longest", type=float, default=20.0, help="seconds until a random kill, at most")
-    parser.add_argument("--result", required=True, help="file that the run is for; {folder} is its output folder")
-    parser.add_argument("words", nargs="+", help="script and its flags")
-    given = parser.parse_args()
-    with tempfile.TemporaryDirectory() as home:
-        trainer = any_script(given.words, given.steps, given.every, given.result, Path(home))
-        rows = crash_cases(trainer, Path(home), given.kills, given.longest)
-    print(table(rows))
-    return 0 if all(row.passed for row in rows) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -63,16 +63,15 @@ def test_killed_at_random(trainer: Trainer, whole: str, tmp_path: Path, tried: T
 
 
 @pytest.mark.reliability("R5")
-def test_a_full_disk_from_the_start(make_trainer: Callable[..., Trainer], whole: str, tmp_path: Path) -> None:
+def test_a_full_disk_from_the_start(trainer: Trainer, whole: str, tmp_path: Path) -> None:
     """No file may grow beyond 20 kB: no checkpoint and no result, but the run goes on, and ends when there is space."""
     folder = tmp_path / "run"
-    outcome = make_trainer(Limits(file_bytes=20_000)).run(folder)
+    outcome = trainer.run(folder, limits=Limits(file_bytes=20_000))
     assert outcome.code == 4, outcome.errors
     assert re.search(r"checkpoint of step 3 \(\d\.\d MB\) not written \(File too large\)", outcome.errors)
     assert "make space" in outcome.last_line
     assert (newest_step(folder), leftovers(folder)) == (0, [])
     assert (folder / "metrics.jsonl").read_text().count("\n") == STEPS
-    trainer = make_trainer()
     assert trainer.run(folder, resume=True).code == 0
     assert trainer.result(folder) == whole
 
@@ -119,9 +118,9 @@ def test_a_folder_that_vanishes_ends_the_run(make_trainer: Callable[..., Trainer
 
 
 @pytest.mark.reliability_full("R15")
-def test_a_read_only_place_is_refused(make_trainer: Callable[..., Trainer], tmp_path: Path) -> None:
+def test_a_read_only_place_is_refused(trainer: Trainer, tmp_path: Path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
-    outcome = make_trainer(Limits(is_root=False)).run(tmp_path / "run")
+    outcome = trainer.run(tmp_path / "run", limits=Limits(is_root=False))
     tmp_path.chmod(stat.S_IRWXU)
     assert outcome.code == 2, outcome.errors
     assert re.search("output_dir .* cannot be (created|written)", outcome.last_line)

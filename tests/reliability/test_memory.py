@@ -52,7 +52,7 @@ def test_a_picture_that_does_not_fit_into_a_worker(
     settings = {"train_data_dir": tmp_path / "train.parquet", "cache_dir": tmp_path / "cache"}
     settings |= {"max_train_samples": 24, "dataloader_num_workers": 1}
     folder = tmp_path / "run"
-    outcome = make_trainer(Limits(worker_bytes=16_000_000), **settings).run(folder)
+    outcome = make_trainer(**settings).run(folder, limits=Limits(worker_bytes=16_000_000))
     assert outcome.code == 6, outcome.errors
     for word in ("a decoding process", "dataloader_num_workers", "--resume_from_checkpoint latest"):
         assert word in outcome.last_line
