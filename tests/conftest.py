@@ -8,6 +8,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when the hub client is imported; no t
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import io
+import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -21,6 +23,9 @@ from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffpref.testbed.tokenizer import write_tokenizer
+from diffpref.training.run_folder import versions
+
+_STARTED = time.monotonic()
 
 LATENT_SIDE, VAE_FACTOR, TEXT_WIDTH = 8, 4, 16
 NUM_PAIRS = 24
@@ -227,6 +232,11 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
         seen.setdefault(case, []).append((lost, report.passed))
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Where the table of the fault matrix goes beside the terminal."""
+    parser.addoption("--fault-results", type=Path, help="write the table of the fault matrix to this JSON file")
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """The table of the fault matrix, when that is what was asked for."""
     seen = config.stash.get(_CASES, {})
@@ -234,7 +244,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         return
     terminalreporter.section("fault matrix")
     terminalreporter.write_line(f"{'case':<8}{'tried':>7}{'steps lost':>12}  pass")
+    rows = []
     for case in sorted(seen, key=lambda case: (case.rstrip("0123456789"), int("".join(filter(str.isdigit, case)) or 0))):
         tries = seen[case]
-        verdict = "yes" if all(passed for _, passed in tries) else "NO"
-        terminalreporter.write_line(f"{case:<8}{len(tries):>7}{max(lost for lost, _ in tries):>12}  {verdict}")
+        rows.append({"case": case, "tried": len(tries), "lost": max(lost for lost, _ in tries), "passed": all(ok for _, ok in tries)})
+        verdict = "yes" if rows[-1]["passed"] else "NO"
+        terminalreporter.write_line(f"{case:<8}{rows[-1]['tried']:>7}{rows[-1]['lost']:>12}  {verdict}")
+    if path := config.getoption("--fault-results"):
+        about = {"date": time.strftime("%Y-%m-%d"), "mark": config.option.markexpr, "machine": f"{os.cpu_count()} CPU cores, Linux"}
+        seconds = round(time.monotonic() - _STARTED)
+        path.write_text(json.dumps(about | {"seconds": seconds, "versions": versions(), "rows": rows}, indent=1) + "\n")

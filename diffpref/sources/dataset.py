@@ -93,6 +93,16 @@ def scores_of(pixels: PairPixels, index: Sequence[int]) -> dict[str, Tensor]:
     return {name: torch.from_numpy(x).float() for name, x in pixels.scores(index).items()}
 
 
+def check_finite(moments: Tensor, pair_ids: Sequence[str]) -> None:
+    """Raises ValueError for latents that are not finite, before they are kept; moments (N, ...) of the pairs of these names."""
+    bad = [name for name, x in zip(pair_ids, moments, strict=True) if not x.isfinite().all()]
+    if bad:
+        raise ValueError(
+            f"the latents of {len(bad)} of {len(moments)} pictures are not finite, the first is of pair {bad[0]}: the autoencoder "
+            "overflows, or the type that the cache keeps them in does; use a cache in float32, or another pretrained_vae_model_name_or_path"
+        )
+
+
 def assemble(encoded: Encoded, encoder: Encoder) -> PreferenceBatch:
     """Sample latents from their moments, drop prompts and encode the rest; every draw belongs to (seed, pair, visit).
 
@@ -215,6 +225,7 @@ class LatentCache:
             for batch in batches(replace(pixels, flip_probability=mirrored), lambda: chunks):
                 index = batch["index"]
                 moments = encoder.moments(batch["pixels"].flatten(0, 1)).unflatten(0, batch["pixels"].shape[:2])
+                check_finite(moments, batch["pair_id"])
                 shape = pixels.shape(int(index[0]))
                 if shape not in cache.moments:  # made at once: joining parts at the end would need twice the memory
                     cache.moments[shape] = torch.empty(filled[shape], len(views), *moments.shape[1:])

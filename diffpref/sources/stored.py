@@ -15,7 +15,7 @@ from diffpref.core.types import Conditioning, PreferenceBatch
 from diffpref.data import cache
 from diffpref.data.cache import ADD, Key, LatentStore
 from diffpref.data.loader import PairPixels, batches
-from diffpref.sources.dataset import Encoded, Encoder, MicroBatches, assemble, join, scores_of, weight_of
+from diffpref.sources.dataset import Encoded, Encoder, MicroBatches, assemble, check_finite, join, scores_of, weight_of
 
 SHARD_BYTES = 2**28
 """A file is written when it has this many; so much is lost when a build is killed, and held in memory."""
@@ -85,6 +85,7 @@ def store_latents(
         new = {(g, u): key for g, i in enumerate(index) for u, key in by_index[i].keys.items()}
         rows = tuple(torch.tensor(list(new)).T)
         moments = torch.stack([encoder.moments(batch["pixels"][rows]) for batch in seen], 1).to(dtype)
+        check_finite(moments, [seen[0]["pair_id"][g] for g, _ in new])
         if parts and (parts[0][0].shape[1:] != moments.shape[1:] or sum(x.nbytes for x, _ in parts) + moments.nbytes > SHARD_BYTES):
             write()
         parts.append((moments, torch.stack([batch["time_ids"][rows] for batch in seen], 1)))

@@ -102,7 +102,7 @@ def write_folder(final: Path, step: int, tensors: Mapping[str, Mapping[str, Tens
     if needed > free:
         raise OSError(errno.ENOSPC, f"{needed / 1e6:.1f} MB needed, {free / 1e6:.1f} MB free")
     try:
-        hidden.mkdir()
+        hidden.mkdir(mode=0o700)  # nobody else reads or adds anything before the manifest is written
         for part, named in tensors.items():
             _save_tensors(_separate(named), hidden / f"{part}.safetensors")
         (hidden / "trainer_state.json").write_text(json.dumps({"format": FORMAT, "step": step, **state}, indent=1))
@@ -112,6 +112,7 @@ def write_folder(final: Path, step: int, tensors: Mapping[str, Mapping[str, Tens
             _flush(path)
         if final.exists():  # only a damaged one can be there
             shutil.rmtree(final)
+        hidden.chmod(run_folder.stat().st_mode & 0o777)
         hidden.rename(final)
         _flush(run_folder)
     except BaseException:

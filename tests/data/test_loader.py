@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import time
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +100,23 @@ def test_a_damaged_image_is_named(make_columns: Any, num_workers: int) -> None:
     pairs = load_pairs(pa.table(make_columns(1, jpg_1=[b"x"], **uids)), check_images=False)
     with pytest.raises(ValueError, match=rf"pair {pairs.pair_ids[0]}, jpg_1: not a JPEG"):
         next(batches(PairPixels(pairs, resolution=8), lambda: [[(0, 0)]], num_workers))
+
+
+@dataclass(frozen=True, eq=False)
+class Hanging(PairPixels):
+    """Never comes back."""
+
+    def __getitem__(self, item: tuple[int, int]) -> dict[str, Any]:
+        time.sleep(60)
+        raise AssertionError
+
+
+@pytest.mark.reliability("D11")
+def test_a_worker_that_hangs_is_given_up(pairs: PairDataset) -> None:
+    begun = time.monotonic()
+    with pytest.raises(RuntimeError, match="DataLoader timed out after 1 seconds"):
+        next(batches(Hanging(pairs, resolution=8), lambda: [[(0, 0)]], num_workers=1, timeout_s=1))
+    assert time.monotonic() - begun < 30
 
 
 def test_wrong_number_of_workers(pairs: PairDataset) -> None:

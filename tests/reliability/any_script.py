@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import signal
 import sys
@@ -73,14 +72,22 @@ def killed_in_a_step(script: Script) -> Row:
 
 
 def killed_in_a_save(script: Script) -> Row:
-    """R3: at the first file of the second checkpoint, in the middle of its files, and at the last."""
+    """R3: when the first file of the second checkpoint is there, when half of them are, and when all are."""
     row, every = Row("R3"), script.trainer.every
-    number = len([p for p in script.folder("whole").glob(f"*-{every}/**/*") if p.is_file()])
-    for place in sorted({1, math.ceil(number / 2), number}):
+    number = files_of(script.folder("whole"), every)
+    for place in sorted({1, max(1, number // 2), number}):
         folder = script.folder(f"R3-{place}")
-        script.trainer.run(folder, Fault("SIGKILL", "open", rf"checkpoint\S*-{2 * every}\b.*/", place))
+        process, end = script.trainer.start(folder, False)
+        wait_until(lambda: files_of(folder, 2 * every) >= place or newest_step(folder) > 2 * every)  # noqa: B023, called at once
+        os.kill(process.pid, signal.SIGKILL)
+        end()
         script.resumed(row, folder, every)
     return row
+
+
+def files_of(folder: Path, step: int) -> int:
+    """Number of files in the checkpoint of a step, complete or being written."""
+    return len([path for path in folder.glob(f"*-{step}*/**/*") if path.is_file()])
 
 
 def without_space(script: Script) -> Row:
@@ -153,7 +160,7 @@ def killed_at_random(script: Script) -> Row:
     if row.passed:
         outcome = script.trainer.run(folder, resume=folder.exists())
         row.passed = outcome.code == 0 and script.trainer.result(folder) == script.want
-        row.note = row.note if row.passed else f"in the end exit {outcome.code} or another result"
+        row.note = row.note if row.passed else f"the last resume ends with {outcome.code or 'another result'}"
     return row
 
 

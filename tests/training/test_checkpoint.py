@@ -197,6 +197,16 @@ def test_another_format_is_refused(tmp_path: Path) -> None:
         load_checkpoint(folder)
 
 
+@pytest.mark.reliability("R13")
+def test_a_stored_checkpoint_of_format_1_is_read(tmp_path: Path) -> None:
+    """Written by the version of November 2026; as long as this format is called 1, it is read as it was."""
+    stored = Path(shutil.copytree(Path(__file__).with_name("format_1"), tmp_path / "run")) / "checkpoint-7"
+    assert is_complete(stored)
+    tensors, state = load_checkpoint(stored)
+    assert torch.equal(tensors["optimizer"]["a.b/exp_avg"], torch.full((3,), 0.1 * 7))
+    assert (state["step"], state["scheduler"]) == (7, {"last_epoch": 7})
+
+
 @pytest.mark.parametrize("name", ["checkpoint-3", "checkpoint-1"])
 def test_a_renamed_checkpoint_is_not_taken_for_another_step(name: str, tmp_path: Path) -> None:
     save(tmp_path, 2).rename(tmp_path / name)

@@ -192,6 +192,20 @@ def test_other_pictures_under_the_same_names_are_noticed(
         prepare("run", train_data_dir=str(tmp_path / "turned.parquet"), latent_cache=str(folder))
 
 
+@pytest.mark.reliability("N3")
+def test_latents_that_are_not_finite_are_never_kept(
+    make_cache: Callable[..., Path], prepare: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffpref.sources.dataset import Encoder
+
+    moments = Encoder.moments
+    monkeypatch.setattr(Encoder, "moments", lambda self, pixels: moments(self, pixels).mul(float("inf")))
+    with pytest.raises(ValueError, match=r"the latents of \d+ of \d+ pictures are not finite, the first is of pair \w+"):
+        make_cache("cache")
+    with pytest.raises(ValueError, match=r"latents of \d+ of \d+ pictures are not finite"):
+        prepare("run", cache_latents=True)
+
+
 @pytest.mark.reliability("D12")
 def test_damage_is_found_and_mended(make_cache: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_cache("cache")
