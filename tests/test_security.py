@@ -160,7 +160,7 @@ def test_a_pickle_is_never_run(
     path, canary = tmp_path / f"weights.{suffix}", tmp_path / "canary"
     if suffix == "npy":
         with path.open("wb") as file:
-            np.save(file, np.array([Canary(canary)], dtype=object), allow_pickle=True)
+            np.save(file, np.array([Canary(canary)], dtype=object))
     else:
         torch.save({"conv_in.weight": torch.zeros(1), "x": Canary(canary)}, path, _use_new_zipfile_serialization=zipped)
     code, errors = start(capsys, **({"pretrained_model_name_or_path": sd_folder} | common | {setting: path}))

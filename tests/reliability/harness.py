@@ -250,7 +250,8 @@ def random_kills(trainer: Trainer, folder: Path, want: str, number: int, seed: i
             time.sleep(draws.uniform(0, longest))
         with suppress(ProcessLookupError):
             os.kill(process.pid, signal.SIGKILL)
-        code, done = end().code, lines_of(folder / "metrics.jsonl")
+        outcome = end()
+        code, done = outcome.code, lines_of(folder / "metrics.jsonl")
         if code == 0:
             row.passed &= trainer.result(folder) == want
             row.note = "" if row.passed else f"another result after {row.tried} kills"
@@ -260,7 +261,7 @@ def random_kills(trainer: Trainer, folder: Path, want: str, number: int, seed: i
             lost = max(0, done - newest_step(folder)) if newest_step(folder) else min(done, trainer.every)
             row.add(lost, newest_step(folder) >= before and lost <= trainer.every, "more than an interval was lost")
         else:
-            row.add(0, False, f"start after a kill ended with {code}")
+            row.add(0, False, f"start after a kill ended with {code}: {outcome.last_line[:200]}")
     row.note = row.note or ", ".join(f"{count} {place}" for place, count in where.items())
     return row
 
