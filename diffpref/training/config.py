@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diffpref.training.config_checks import check_cache, check_compile, check_hub, check_validation
+from diffpref.training.config_checks import check_base_dtype, check_cache, check_compile, check_hub, check_validation
 from diffpref.training.order import check_order
 
 
@@ -194,7 +194,7 @@ class TrainConfig:
     mixed_precision: Literal["no", "fp16", "bf16"] | None = None
     """Autocast dtype of the UNet's forward passes; the launcher's when not given. Trained weights and losses stay in float32."""
     base_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Dtype of a LoRA run's frozen weights (UNet, text encoders): fp32, or that of mixed_precision, which halves their memory."""
+    """Dtype of the weights (UNet, text encoders), fp32 or that of mixed_precision; under tune full bf16 is rounded stochastically."""
     allow_tf32: bool = False
     """Let GPUs multiply float32 matrices in TF32: faster, with 10 bits of mantissa."""
     attention: str = "sdpa"
@@ -358,9 +358,7 @@ def _check_tuning(config: TrainConfig) -> None:
     for name in ("use_dora", "use_rslora", "train_text_encoder"):
         if config.tune == "full" and getattr(config, name):
             raise ValueError(f"{name} is true, but it is about LoRA adapters and tune is full; leave it out or use tune lora")
-    if config.base_dtype != "fp32" and (config.tune == "full" or config.use_dora):
-        why = "tune is full, which trains all weights" if config.tune == "full" else "use_dora is true, which divides by their norms"
-        raise ValueError(f"base_dtype is {config.base_dtype}, but {why} in float32; use base_dtype fp32, or plain LoRA")
+    check_base_dtype(config)
     needed = {
         "ema_decay": ("use_ema", config.use_ema),
         "curriculum_steps": ("curriculum_stages", config.curriculum_stages is not None),

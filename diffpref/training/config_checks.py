@@ -21,6 +21,26 @@ def check_cache(config: TrainConfig) -> None:
             )
 
 
+def check_base_dtype(config: TrainConfig) -> None:
+    """What cannot be computed with weights in half precision."""
+    if config.base_dtype == "fp32":
+        return
+    where = f"base_dtype is {config.base_dtype}, but "
+    if config.use_dora:
+        raise ValueError(f"{where}use_dora is true, which divides by the weights' norms in float32; use base_dtype fp32, or plain LoRA")
+    if config.tune != "full":
+        return
+    if config.base_dtype == "fp16":
+        raise ValueError(
+            f"{where}tune is full, and updates are lost in fp16; use base_dtype bf16, whose weights are rounded stochastically"
+        )
+    if config.optimizer not in ("adamw", "adafactor"):
+        raise ValueError(f"{where}tune is full and optimizer {config.optimizer} rounds to the nearest; use adafactor or adamw")
+    for name, value in {"use_ema": config.use_ema, "reference_decay": config.reference_decay}.items():
+        if value:
+            raise ValueError(f"{where}{name} is {value}, whose small moves are lost in bf16 weights; leave it out, or use base_dtype fp32")
+
+
 def check_compile(config: TrainConfig) -> None:
     """Settings that contradict compiled blocks, or that would be ignored without them."""
     if not config.compile:

@@ -41,6 +41,11 @@ def optimizer_bytes(optimizer: str, counts: Counts) -> int:
     return 4 * counts.factored if optimizer == "adafactor" else int(OPTIMIZER_BYTES[optimizer] * counts.trained)
 
 
+def number_bytes(config: TrainConfig) -> int:
+    """Bytes of a trained number and of its gradient."""
+    return 2 if config.tune == "full" and config.base_dtype != "fp32" else 4
+
+
 def memory_parts(config: TrainConfig, needs_reference: bool, counts: Counts, activations: int) -> dict[str, int]:
     """Part -> bytes at the peak of a step, parts of no size left out; their sum is what the device has to hold.
 
@@ -49,8 +54,8 @@ def memory_parts(config: TrainConfig, needs_reference: bool, counts: Counts, act
     parts = {
         "weights": counts.weights,
         "reference copy": counts.unet if config.tune == "full" and needs_reference else 0,
-        "gradients": 4 * counts.trained,
-        "gradient buckets": 4 * counts.trained if counts.num_processes > 1 and config.shard == "no" else 0,
+        "gradients": number_bytes(config) * counts.trained,
+        "gradient buckets": number_bytes(config) * counts.trained if counts.num_processes > 1 and config.shard == "no" else 0,
         "optimizer": optimizer_bytes(config.optimizer, counts),
         "moving average": 4 * counts.trained if config.use_ema else 0,
         "latent cache": counts.cache,
@@ -106,7 +111,12 @@ def _neutral(config: TrainConfig) -> list[Changes]:
 def _alternatives(config: TrainConfig, precision: str, on_gpu: bool) -> list[Changes]:
     if config.tune == "full":
         lighter = ["adamw_8bit", "adafactor"] if on_gpu else ["adafactor"]
-        return [{"tune": "lora"}, *({"optimizer": name} for name in lighter if name != config.optimizer)]
+        half = {"base_dtype": "bf16", "mixed_precision": "bf16", "optimizer": "adafactor"}
+        return [
+            {"tune": "lora"},
+            *({"optimizer": name} for name in lighter if name != config.optimizer),
+            *([half] if config.base_dtype == "fp32" else []),
+        ]
     half = precision if precision != "no" else "bf16"
     return [{"base_dtype": half, "mixed_precision": half}] if config.base_dtype == "fp32" else []
 
@@ -117,7 +127,7 @@ def _recounted(config: TrainConfig, counts: Counts, change: Changes) -> Counts:
         small = {"trained": counts.adapter, "factored": counts.adapter}
         return dataclasses.replace(counts, weights=counts.weights + 4 * counts.adapter, **small)
     if "base_dtype" in change:
-        return dataclasses.replace(counts, weights=counts.weights - counts.unet // 2)
+        return dataclasses.replace(counts, weights=counts.weights - counts.unet // 2, unet=counts.unet // 2)
     return counts
 
 
@@ -128,12 +138,13 @@ def as_flags(changes: Changes) -> str:
 
 def checkpoint_bytes(config: TrainConfig, counts: Counts) -> int:
     """Size of one checkpoint: trained weights, their moving average if there is one, the optimizer's state."""
-    return 4 * counts.trained * (2 if config.use_ema else 1) + optimizer_bytes(config.optimizer, counts)
+    average = 4 * counts.trained if config.use_ema else 0
+    return number_bytes(config) * counts.trained + average + optimizer_bytes(config.optimizer, counts)
 
 
 def export_bytes(config: TrainConfig, counts: Counts) -> int:
     """Size of what a finished run leaves beside its checkpoints: the result, and under early stopping two of the best weights."""
-    best = 0 if config.early_stopping_patience is None else 2 * 4 * counts.trained
+    best = 0 if config.early_stopping_patience is None else 2 * number_bytes(config) * counts.trained
     if config.tune == "full":
         return counts.weights + best
     return 4 * counts.trained + (counts.weights if config.merge_lora else 0) + best

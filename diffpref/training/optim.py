@@ -1,4 +1,4 @@
-"""Optimizer and schedule of a run. All but AdamW and Adafactor come from packages that are imported when they are asked for."""
+"""Optimizer and schedule of a run. All but AdamW and Adafactor (optimizers.py) come from packages that are imported when they are asked for."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ import torch
 from diffusers.optimization import get_scheduler
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from transformers import Adafactor
 
 from diffpref.training.config import TrainConfig
+from diffpref.training.optimizers import Adafactor, AdamW
 
 _PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_4bit": "torchao", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
 """What an optimizer needs beside torch and transformers."""
@@ -44,6 +44,10 @@ def check_optimizer(config: TrainConfig) -> list[str]:
         if unused:
             raise ValueError(f"{unused[0]} is {getattr(config, unused[0])}, but optimizer adafactor has no such setting; leave it out")
     lines = []
+    if config.tune == "full" and config.base_dtype == "bf16":
+        lines.append(
+            "tune full with base_dtype bf16: weights are kept in bf16 and rounded stochastically, other numerics than float32 weights"
+        )
     if config.optimizer == "prodigy" and config.learning_rate < 0.1:
         lines.append(f"prodigy finds the rate itself and multiplies it by learning_rate, which is {config.learning_rate:g}; 1.0 is usual")
     if config.use_ema:
@@ -58,7 +62,9 @@ def new_optimizer(config: TrainConfig, trainable: Iterable[Tensor], rate: float)
     common: dict[str, Any] = {"lr": rate, "weight_decay": config.adam_weight_decay}
     adam = common | {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if config.optimizer == "adafactor":  # the rate is ours, as in the published SDXL runs
-        return Adafactor(trainable, scale_parameter=False, relative_step=False, warmup_init=False, clip_threshold=1.0, **common)
+        return Adafactor(trainable, config.seed, **common)
+    if config.optimizer == "adamw" and config.base_dtype != "fp32" and config.tune == "full":
+        return AdamW(trainable, config.seed, **adam)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trainable, fused=True, **adam)
     package = _package(config.optimizer)

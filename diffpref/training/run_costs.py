@@ -11,7 +11,7 @@ from diffpref.models.backbone import Backbone, vae_factor
 from diffpref.models.execution import Recompute
 from diffpref.models.lora import ATTENTION
 from diffpref.training.config import TrainConfig
-from diffpref.training.memory import Counts, factored_numbers, latent_cache_bytes, memory_parts, optimizer_bytes
+from diffpref.training.memory import Counts, factored_numbers, latent_cache_bytes, memory_parts, number_bytes, optimizer_bytes
 from diffpref.training.objective import Objective
 from diffpref.training.sources import pictures_at_once
 from diffpref.training.step_cost import StepCost, step_cost, upper_bound, vae_bytes
@@ -123,7 +123,7 @@ class RunCosts:
     @property
     def host_bytes(self) -> int:
         """RAM that a run on a GPU needs: cached latents, and the larger file of a checkpoint while it is written."""
-        return self.cache + max(4 * self.counts.trained, optimizer_bytes(self.config.optimizer, self.counts))
+        return self.cache + max(number_bytes(self.config) * self.counts.trained, optimizer_bytes(self.config.optimizer, self.counts))
 
     def _cache(self, num_pairs: int) -> int:
         side = self.resolution // vae_factor(self.backbone.pipeline)

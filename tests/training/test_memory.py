@@ -126,12 +126,19 @@ def test_remedies_leave_the_result_alone_as_long_as_they_can() -> None:
 def test_then_they_change_what_is_trained() -> None:
     config = TrainConfig(tune="full", gradient_checkpointing=True, train_batch_size=2, gradient_accumulation_steps=1)
     smallest = {"train_batch_size": 1, "gradient_accumulation_steps": 2}
+    half = {"base_dtype": "bf16", "mixed_precision": "bf16", "optimizer": "adafactor"}
     assert advised(config, FULL, 43) == [
         {**smallest, "tune": "lora"},
         {**smallest, "optimizer": "adamw_8bit"},
         {**smallest, "optimizer": "adafactor"},
+        {**smallest, **half},
     ]
-    assert advised(config, FULL, 43, on_gpu=False) == [{**smallest, "tune": "lora"}, {**smallest, "optimizer": "adafactor"}]
+    assert advised(config, FULL, 43, on_gpu=False) == [
+        {**smallest, "tune": "lora"},
+        {**smallest, "optimizer": "adafactor"},
+        {**smallest, **half},
+    ]
+    assert advised(config, FULL, 24) == [{**smallest, "tune": "lora"}, {**smallest, **half}]
     assert advised(config, FULL, 14) == [{**smallest, "tune": "lora"}]
     assert advised(config, FULL, 5) == []
     lora = TrainConfig(gradient_checkpointing=True)

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from diffpref.training.config import TrainConfig
@@ -76,10 +77,23 @@ def test_a_schedule_is_moved_to_where_it_stood() -> None:
 
 
 def test_adafactor_has_the_settings_of_the_published_runs() -> None:
-    (group,) = new_optimizer(TrainConfig(optimizer="adafactor"), nn.Linear(2, 2).parameters(), 3e-4).param_groups
-    wanted = {"lr": 3e-4, "scale_parameter": False, "relative_step": False, "warmup_init": False, "clip_threshold": 1.0}
-    assert {name: group[name] for name in wanted} == wanted
-    assert (group["weight_decay"], group["beta1"]) == (0.01, None)
+    """The SDXL script of Diffusion-DPO: transformers' Adafactor with the rate of the command and nothing relative to the weights."""
+    torch.manual_seed(0)
+    shapes = [(7,), (5, 3), (4, 6, 3, 3), (2, 8, 1, 1)]
+    ours, theirs = ([nn.Parameter(torch.randn(s, generator=torch.Generator().manual_seed(1))) for s in shapes] for _ in range(2))
+    published = {"scale_parameter": False, "relative_step": False, "warmup_init": False, "clip_threshold": 1.0}
+    optimizers = (
+        new_optimizer(TrainConfig(optimizer="adafactor", adam_weight_decay=0.1), ours, 3e-2),
+        transformers.Adafactor(theirs, lr=3e-2, weight_decay=0.1, **published),
+    )
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn_like(a) * 10 ** float(torch.randn(()))
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["adamw", *PACKAGES])
