@@ -31,9 +31,7 @@ def check_base_dtype(config: TrainConfig) -> None:
     if config.tune != "full":
         return
     if config.base_dtype == "fp16":
-        raise ValueError(
-            f"{where}tune is full, and updates are lost in fp16; use base_dtype bf16, whose weights are rounded stochastically"
-        )
+        raise ValueError(f"{where}tune is full, and updates are lost in fp16; use base_dtype bf16, which is rounded stochastically")
     if config.optimizer not in ("adamw", "adafactor"):
         raise ValueError(f"{where}tune is full and optimizer {config.optimizer} rounds to the nearest; use adafactor or adamw")
     for name, value in {"use_ema": config.use_ema, "reference_decay": config.reference_decay}.items():

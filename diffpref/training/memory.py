@@ -111,11 +111,11 @@ def _neutral(config: TrainConfig) -> list[Changes]:
 def _alternatives(config: TrainConfig, precision: str, on_gpu: bool) -> list[Changes]:
     if config.tune == "full":
         lighter = ["adamw_8bit", "adafactor"] if on_gpu else ["adafactor"]
-        half = {"base_dtype": "bf16", "mixed_precision": "bf16", "optimizer": "adafactor"}
+        all_half: Changes = {"base_dtype": "bf16", "mixed_precision": "bf16", "optimizer": "adafactor"}
         return [
             {"tune": "lora"},
             *({"optimizer": name} for name in lighter if name != config.optimizer),
-            *([half] if config.base_dtype == "fp32" else []),
+            *([all_half] if config.base_dtype == "fp32" else []),
         ]
     half = precision if precision != "no" else "bf16"
     return [{"base_dtype": half, "mixed_precision": half}] if config.base_dtype == "fp32" else []

@@ -1,4 +1,4 @@
-"""Optimizer and schedule of a run. All but AdamW and Adafactor (optimizers.py) come from packages that are imported when they are asked for."""
+"""Optimizer and schedule of a run. All but AdamW and Adafactor come from packages that are imported when they are asked for."""
 
 from __future__ import annotations
 

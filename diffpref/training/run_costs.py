@@ -65,7 +65,7 @@ class RunCosts:
         self.budget = budget
         self.cache = self._cache(len(pixels)) if config.cache_latents and not config.latent_cache else 0
         self.counts = self._counts(accelerator.num_processes)
-        self._steps: dict[tuple[int, Recompute], StepCost] = {}
+        self._steps: dict[tuple[int, Recompute, bool], StepCost] = {}
         self._bound: int | None = upper_bound(backbone, module, 2 * self.images_per_group * config.train_batch_size, resolution)
         if self.on_gpu or PLENTY * sum(self.parts().values()) > budget:
             self._bound = None
@@ -100,11 +100,11 @@ class RunCosts:
 
     def step(self, config: TrainConfig) -> StepCost:
         """One micro-batch of the policy at one step on the path; with guidance each picture is there twice."""
-        key = (config.train_batch_size, config.gradient_checkpointing)
+        key = (config.train_batch_size, config.gradient_checkpointing, config.gradient_accumulation_steps > 1)
         if key not in self._steps:
             guided = self.objective.guidance_scale != 1
             groups = (config.train_batch_size * (1 + guided), self.images_per_group)
-            how: dict[str, Any] = {"autocast": self.autocast, "recompute": key[1], "on_gpu": self.on_gpu}
+            how: dict[str, Any] = {"autocast": self.autocast, "recompute": key[1], "on_gpu": self.on_gpu, "accumulates": key[2]}
             self._steps[key] = step_cost(self.backbone, self.module, groups, self.resolution, **how)
         return self._steps[key]
 

@@ -40,6 +40,7 @@ class StepCost:
     activations: int  # bytes at the peak of forward and backward pass, less the gradients
     forward_flops: int
     flops: int  # forward and backward, with what checkpointing computes again
+    kept: int  # bytes that the forward pass leaves for the backward pass
     forward_kernels: int  # operators that launch one: all but views and allocations
     kernels: int  # forward and backward
 
@@ -70,7 +71,7 @@ class Counter(TorchDispatchMode):
         self.live = self.peak = self.flops = self.kernels = 0
         self._sizes: dict[int, int] = {}
         for x in () if known is None else [*known.parameters(), *known.buffers()]:
-            self._sizes[x.untyped_storage()._cdata] = 0
+            self._sizes |= {part.untyped_storage()._cdata: 0 for part in (x, x.grad) if part is not None}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
@@ -107,10 +108,12 @@ def step_cost(
     autocast: bool,
     recompute: Recompute,
     on_gpu: bool,
+    accumulates: bool = False,
 ) -> StepCost:
     """Cost of a forward and backward pass of the trained module over (G, K) pictures of resolution x resolution pixels.
 
     autocast: to 16 bits; bf16 stands for fp16 too. on_gpu: count normalisation layers in float32, as autocast computes them on GPUs only.
+    accumulates: gradients of earlier micro-batches are there during the forward pass, as they are in all but the first of an update.
     """
     null = backbone.null_prompt()
     with FakeTensorMode(allow_non_fake_inputs=True):
@@ -126,6 +129,9 @@ def step_cost(
         x_t = torch.empty(*groups, unet.config.in_channels, side, side)
         cond = null.map(lambda x: torch.empty(groups[0], *x.shape[1:], dtype=torch.bfloat16 if x.dtype == torch.float16 else x.dtype))
         times = torch.empty(*groups, 6) if backbone.uses_time_ids else None
+        trained = [p for p in network.parameters() if p.requires_grad]
+        for p in trained if accumulates else ():
+            p.grad = torch.empty_like(p)
         counter = Counter(network)
         with counter, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             cond = _encoded(network, cond, recompute != "off").map(lambda x: x.expand(-1, groups[1], *x.shape[2:]))
@@ -133,11 +139,11 @@ def step_cost(
             tokens = torch.empty(*groups, USER_TOKENS, unet.config.cross_attention_dim) if isinstance(network, UserUNet) else None
             told = replace(cond, time_ids=times, user_embeds=tokens)
             prediction = predict(x_t, torch.zeros(groups, dtype=torch.int64), told)
-        forward_flops, forward_kernels = counter.flops, counter.kernels
+        forward_flops, forward_kernels, kept = counter.flops, counter.kernels, counter.live
         with counter:
             (prediction.float() - x_t).pow(2).mean().backward()
-    gradients = sum(p.numel() * p.element_size() for p in module.parameters() if p.requires_grad)
-    return StepCost(max(0, counter.peak - gradients), forward_flops, counter.flops, forward_kernels, counter.kernels)
+    gradients = 0 if accumulates else sum(p.numel() * p.element_size() for p in trained)
+    return StepCost(max(0, counter.peak - gradients), forward_flops, counter.flops, kept, forward_kernels, counter.kernels)
 
 
 def _encoded(network: nn.Module, cond: Conditioning, recompute: bool) -> Conditioning:

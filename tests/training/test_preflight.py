@@ -33,7 +33,7 @@ def memory(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 
     def cost(backbone: Backbone, module: Any, groups: tuple[int, int], side: int, recompute: str, **_: Any) -> StepCost:
         share = {"off": 1, "selective": 0.6, "full": 0.25}[recompute]
-        return StepCost(int(groups[0] * share * GB), forward_flops=1, flops=3, forward_kernels=1, kernels=3)
+        return StepCost(int(groups[0] * share * GB), forward_flops=1, flops=3, kept=1, forward_kernels=1, kernels=3)
 
     def give(size: float) -> None:
         monkeypatch.setattr(machine, "device_memory", lambda device: int(size))

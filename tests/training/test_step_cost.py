@@ -84,6 +84,23 @@ def test_the_count_is_that_of_a_real_pass(family: str, settings: dict[str, Any],
     assert cost.forward_flops == flops.get_total_flops()
 
 
+def test_gradients_of_earlier_micro_batches_take_their_room(sd_folder: Path) -> None:
+    """The real second micro-batch of an update, all weights trained."""
+    backbone, module = loaded(sd_folder, tune="full")
+    cost = step_cost(backbone, module, (3, 2), 32, autocast=False, recompute="off", on_gpu=False, accumulates=True)
+    first = step_cost(backbone, module, (3, 2), 32, autocast=False, recompute="off", on_gpu=False)
+    cond = backbone.encode_prompts(["a", "b", "c"]).map(lambda x: x.expand(-1, 2, *x.shape[2:]))
+    x_t, timesteps = torch.randn(3, 2, 4, 8, 8), torch.zeros(3, 2, dtype=torch.int64)
+    predict = backbone.predictor(module)
+    predict(x_t, timesteps, cond).mean().backward()
+    with Counter(module) as counter:
+        (predict(x_t, timesteps, cond) - x_t).pow(2).mean().backward()
+    assert cost.activations == pytest.approx(counter.peak, rel=0.1)
+    assert cost.activations > first.activations
+    assert cost.kept == first.kept
+    assert cost.flops == first.flops
+
+
 def test_checkpointing_saves_memory_and_costs_arithmetic(sdxl_folder: Path) -> None:
     backbone, module = loaded(sdxl_folder)
     plain, again = (step_cost(backbone, module, (8, 2), 64, autocast=False, recompute=how, on_gpu=False) for how in ("off", "full"))
