@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -17,6 +17,7 @@ from diffpref.models import sd, sdxl, sdxl_refiner
 from diffpref.models.family import SETTING, family_of_config, model_family
 from diffpref.models.joint import TextAndUNet
 from diffpref.models.lora import add_text_lora, freeze_unreached
+from diffpref.models.outlines import is_outline
 from diffpref.models.pipeline import load_pipeline
 
 __all__ = [
@@ -46,6 +47,7 @@ class Backbone:
     predictor: Callable[[nn.Module], Predict]  # give it the wrapped denoiser, always
     encode_prompts: Callable[[Sequence[str]], Conditioning]  # N prompts -> (N, 1, ...), without time_ids; what `predictor` takes
     null_prompt: Callable[[], Conditioning]  # the empty prompt as the pipeline's guidance sees it, (1, 1, ...)
+    complete: Callable[[], None] = field(default=lambda: None)  # loads parts that were left out, before a picture or an export needs them
 
     @property
     def denoiser(self) -> UNet2DConditionModel:
@@ -165,9 +167,12 @@ def as_backbone(pipeline: DiffusionPipeline, source: str, is_turbo: bool = False
 def check_finite(backbone: Backbone, source: str) -> None:
     """Encode one picture and one prompt and look at the weights of UNet and text encoders, before anything is trained.
 
-    Raises ValueError naming the part whose numbers are not finite: weights that overflowed when they were cast to fp16, or a damaged
-    file.
+    Parts that were left out are passed over. Raises ValueError naming the part whose numbers are not finite: weights that overflowed
+    when they were cast to fp16, or a damaged file.
     """
+    if is_outline(backbone.pipeline.vae):
+        _refuse(source, {"UNet": _is_finite(backbone.denoiser)})
+        return
     side = backbone.pixel_factor * 2
     ramp = torch.linspace(-1, 1, side).expand(1, 3, side, side)
     cond = backbone.encode_prompts(["a photograph of a cat"])
@@ -177,8 +182,17 @@ def check_finite(backbone: Backbone, source: str) -> None:
     found = {
         "autoencoder": bool(torch.isfinite(backbone.encode_moments(ramp)).all()),
         "text encoder": all(bool(torch.isfinite(x).all()) for x in [*texts, *encoder_weights]),
-        "UNet": all(bool(torch.isfinite(p.sum())) for p in backbone.denoiser.parameters()),
+        "UNet": _is_finite(backbone.denoiser),
     }
+    _refuse(source, found)
+
+
+def _is_finite(network: nn.Module) -> bool:
+    return all(bool(torch.isfinite(p.sum())) for p in network.parameters())
+
+
+def _refuse(source: str, found: Mapping[str, bool]) -> None:
+    """Raises ValueError for the first part that is not finite."""
     remedies = {
         "autoencoder": "an autoencoder that fits into fp16 (for SDXL pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix)",
         "text encoder": "weights in float32 or bf16 (another variant)",

@@ -28,6 +28,7 @@ from diffpref.models.family import (
 )
 from diffpref.models.files import Shapes, check_fits, check_folder_files
 from diffpref.models.hub_access import downloaded
+from diffpref.models.outlines import is_outline, outlines
 from diffpref.models.parts import load_unet, load_vae
 from diffpref.models.single_file import OPEN_CLIP_SD, UNET, V_PREDICTION_KEY, VAE, ZERO_SNR_KEY, single_file_shapes
 
@@ -63,11 +64,13 @@ def load_pipeline(
     prediction_type: str | None = None,
     rescale_betas_zero_snr: bool | None = None,
     dtype: torch.dtype = torch.float32,
+    leave_out: bool = False,
 ) -> DiffusionPipeline:
     """Load a model from safetensors only, the autoencoder in float32, the rest in `dtype`; its scheduler says what was asked for.
 
     source: a diffusers folder, a hub id or a single .safetensors checkpoint. The other arguments are the settings of the same names
-    (vae: pretrained_vae_model_name_or_path). Raises ValueError naming the setting that cannot work, and the remedy.
+    (vae: pretrained_vae_model_name_or_path). leave_out: of a folder, autoencoder and text encoders come without weights, see `complete`.
+    Raises ValueError naming the setting that cannot work, and the remedy.
     """
     family = model_family(source, revision)
     if Path(source).is_file():
@@ -83,6 +86,8 @@ def load_pipeline(
         if single_file_config is not None:
             raise ValueError(f"single_file_config is {single_file_config!r}, but {SETTING} {source!r} has its own configs; leave it out")
         parts = _replaced_parts(source, revision, variant, vae, unet_init)
+        if leave_out:
+            parts = outlines(Path(source), read_index(source, revision), variant, dtype) | parts
         pipeline = _from_folder(source, family, revision, variant, parts, dtype)
     pipeline.set_progress_bar_config(disable=True)
     set_dtype(pipeline, dtype)
@@ -102,6 +107,25 @@ def set_dtype(pipeline: DiffusionPipeline, dtype: torch.dtype) -> None:
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part, torch.float32 if part is vae else dtype).eval()
+    _cast_before_decoding(vae, dtype)
+
+
+def complete(pipeline: DiffusionPipeline, source: str, variant: str | None, dtype: torch.dtype, device: torch.device) -> None:
+    """Give the parts that were left out their weights, in the folder's files. Raises ValueError when they cannot be read."""
+    empty = [name for name, part in pipeline.components.items() if is_outline(part)]
+    if not empty:
+        return
+    others = {name: part for name, part in pipeline.components.items() if name not in empty and part is not None}
+    whole = _from_folder(source, model_family(source), None, variant, others, dtype)
+    for name in empty:
+        part = getattr(whole, name)
+        nn.Module.to(part, device, torch.float32 if name == "vae" else dtype).requires_grad_(False).eval()
+        pipeline.register_modules(**{name: part})
+    if "vae" in empty:
+        _cast_before_decoding(pipeline.vae, dtype)
+
+
+def _cast_before_decoding(vae: Any, dtype: torch.dtype) -> None:
     if vae is not None and dtype != torch.float32:
         first = vae.post_quant_conv or vae.decoder.conv_in
         first.register_forward_pre_hook(lambda layer, given: (given[0].to(layer.weight.dtype),))

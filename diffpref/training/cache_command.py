@@ -157,7 +157,7 @@ def _encode(
     rank, world, dtype = accelerator.process_index, accelerator.num_processes, DTYPES[own.stored_dtype]
     known = set(cache.stored(folder, cache.LATENTS))
     work = [owed(pixels, found, known) for pixels, found in zip(sets, keys, strict=True)]
-    texts = (p for pixels in sets for i in range(len(pixels)) for p in pixels.prompts(i))
+    texts = itertools.chain([""], (p for pixels in sets for i in range(len(pixels)) for p in pixels.prompts(i)))
     prompts = missing_prompts(texts, set(cache.stored(folder, cache.PROMPTS)))
     accelerator.wait_for_everyone()  # all have looked before anybody writes
     if accelerator.is_main_process:

@@ -12,6 +12,7 @@ from torch import nn
 from diffpref.data import cache
 from diffpref.data.cache import LatentStore
 from diffpref.models.backbone import Backbone, text_encoders
+from diffpref.models.outlines import stored_weight
 from diffpref.training.config import TrainConfig
 from diffpref.training.models import check_resolution
 from diffpref.training.sharding import whole
@@ -20,13 +21,16 @@ from diffpref.training.sharding import whole
 def fingerprint(modules: Iterable[nn.Module]) -> str:
     """32 hex digits over names, shapes, types and a few values of every weight: enough to tell models apart, within milliseconds.
 
-    Adapters are left out. Every process has to call this for a sharded model.
+    Adapters are left out; of outlines the values are those of their files. Every process has to call this for a sharded model.
     """
     digest, values = hashlib.blake2b(digest_size=16), []
     for module in modules:
-        for name, p in ((n.replace(".base_layer", ""), p) for n, p in module.state_dict().items() if "lora_" not in n):
-            digest.update(repr((name, tuple(p.shape), p.dtype)).encode())
-            values.append(whole(p).flatten()[:: max(1, p.numel() // 16)][:16].float())
+        for given, p in module.state_dict().items():
+            if "lora_" in given:
+                continue
+            digest.update(repr((given.replace(".base_layer", ""), tuple(p.shape), p.dtype)).encode())
+            x = stored_weight(module, given) if p.is_meta else whole(p)
+            values.append(x.flatten()[:: max(1, p.numel() // 16)][:16].float())
     digest.update(torch.cat(values).cpu().numpy().tobytes())  # joined first: one transfer from a GPU
     return digest.hexdigest()
 

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 import copy
 import sys
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import PartialState
 from torch import nn
 
+from diffpref.core.types import Conditioning
 from diffpref.models.attention import use_attention
 from diffpref.models.backbone import Backbone, check_finite, vae_factor, with_text_encoders
 from diffpref.models.execution import compile_regions, set_recompute
 from diffpref.models.lora import add_lora
+from diffpref.models.pipeline import complete
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import DTYPES
+from diffpref.training.encoded import encoded_before
 from diffpref.training.objective import Objective
 from diffpref.training.port import Port
+from diffpref.training.start import DTYPES as DTYPES_OF_WEIGHTS
 from diffpref.training.start import load_base, start_adapter
 
 
@@ -28,9 +34,13 @@ def load_models(
 
     precision: of the forward passes, as accelerate calls it. A kernel of attention that does not work here is replaced, with a line.
     """
-    backbone = load_base(config)
+    null = None if port is not None else encoded_before(config)
+    backbone = load_base(config, leave_out=null is not None)
     side = check_resolution(config, backbone) // vae_factor(backbone.pipeline)
-    backbone.pipeline.to(device)
+    if null is None:
+        backbone.pipeline.to(device)
+    else:
+        backbone = without_encoders(config, backbone, null, device)
     check_finite(backbone, str(config.pretrained_model_name_or_path))
     dtype = DTYPES.get(precision, torch.float32)
     note = use_attention(backbone.denoiser, config.attention, side, 2 * config.train_batch_size, dtype, is_training=True)
@@ -56,6 +66,14 @@ def load_models(
             if network is not None:
                 compile_regions(network, config.compile_backend)
     return backbone, module, reference
+
+
+def without_encoders(config: TrainConfig, backbone: Backbone, null: Conditioning, device: torch.device) -> Backbone:
+    """A backbone whose encoders were left out: only its UNet is on the device, and its empty prompt is the stored one."""
+    backbone.denoiser.to(device)
+    source, dtype = str(config.pretrained_model_name_or_path), DTYPES_OF_WEIGHTS[config.base_dtype]
+    finish = partial(complete, backbone.pipeline, source, config.variant, dtype, device)
+    return replace(backbone, null_prompt=lambda: null.map(lambda x: x.to(device, dtype)), complete=finish)
 
 
 def make_trainable(config: TrainConfig, backbone: Backbone) -> tuple[Backbone, nn.Module]:

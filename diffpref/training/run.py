@@ -180,6 +180,8 @@ class Run:
     @contextmanager
     def exported(self) -> Iterator[None]:
         """Within the block the model has the weights to export: of the best validation under early stopping, else the validated ones."""
+        if self.config.tune == "full" or self.config.merge_lora:
+            self.backbone.complete()
         early = self.state.early_stopping
         best = checkpoint.load_best(self.folder, early.best_step) if early else None
         if early and best is None:

@@ -90,7 +90,9 @@ class RunCosts:
         if self._bound is not None:
             return self._bound
         vae = self.backbone.pipeline.vae
-        peaks = [self.step(config).activations, vae_bytes(vae, pictures_at_once(config, self.pictures), self.resolution)]
+        peaks = [self.step(config).activations]
+        if not config.latent_cache:
+            peaks.append(vae_bytes(vae, pictures_at_once(config, self.pictures), self.resolution))
         if self.objective.source:
             peaks.append(vae_bytes(vae, self.objective.source.rollout_batch_size, self.resolution, decode=True))
         if config.validation_steps:
@@ -132,7 +134,8 @@ class RunCosts:
 
     def _counts(self, num_processes: int) -> Counts:
         networks = [part for part in self.backbone.pipeline.components.values() if isinstance(part, nn.Module)]
-        weights = [p for part in networks for p in part.parameters()]
+        is_meta = next(self.backbone.denoiser.parameters()).is_meta  # then nothing is loaded, else parts without weights were left out
+        weights = [p for part in networks for p in part.parameters() if p.is_meta == is_meta]
         unet = [p for name, p in self.backbone.denoiser.named_parameters() if "lora_" not in name]
         trained = [p for p in self.module.parameters() if p.requires_grad]
         return Counts(

@@ -17,8 +17,11 @@ from diffpref.training.config import TrainConfig
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def load_base(config: TrainConfig) -> Backbone:
-    """The model that policy and reference start with, and on stderr what the user might not expect of it."""
+def load_base(config: TrainConfig, leave_out: bool = False) -> Backbone:
+    """The model that policy and reference start with, and on stderr what the user might not expect of it.
+
+    leave_out: autoencoder and text encoders come without weights.
+    """
     source = str(config.pretrained_model_name_or_path)
     pipeline = load_pipeline(
         source,
@@ -30,6 +33,7 @@ def load_base(config: TrainConfig) -> Backbone:
         prediction_type=config.prediction_type,
         rescale_betas_zero_snr=config.rescale_betas_zero_snr,
         dtype=DTYPES[config.base_dtype],
+        leave_out=leave_out,
     )
     notes = []
     if config.start_lora and config.start_lora_as == "base":

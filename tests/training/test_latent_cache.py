@@ -14,16 +14,20 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
 from diffpref.data import cache
 from diffpref.data.cache import LatentStore
 from diffpref.data.groups import Grouping
+from diffpref.models.outlines import is_outline
 from diffpref.sources import stored
 from diffpref.training.cache_command import build_cache
 from diffpref.training.cache_config import CacheConfig
 from diffpref.training.config import TrainConfig
+from diffpref.training.export import export
+from diffpref.training.loop import train
 from diffpref.training.run import Run
 from diffpref.training.sources import new_encoder
 
@@ -97,6 +101,37 @@ def test_nothing_is_encoded_while_training(make_cache: Callable[..., Path], prep
     assert next(run.source).latents.shape == (2, 2, 4, 8, 8)
 
 
+@pytest.mark.parametrize("family", ["sd", "sdxl"])
+def test_encoders_are_not_loaded_before_somebody_needs_them(
+    family: str, make_cache: Callable[..., Path], prepare: Callable[..., Run], request: pytest.FixtureRequest
+) -> None:
+    model = str(request.getfixturevalue(f"{family}_folder"))
+    settings = {"pretrained_model_name_or_path": model, "max_train_steps": 2, "tune": "full", "proportion_empty_prompts": 0.5}
+    folder = make_cache("cache", **settings)
+    run = prepare("run", **settings, latent_cache=str(folder))
+    left_out = {name for name, part in run.backbone.pipeline.components.items() if is_outline(part)}
+    assert left_out == {"vae", "text_encoder"} | ({"text_encoder_2"} if family == "sdxl" else set())
+    unet = sum(p.numel() * p.element_size() for p in run.backbone.denoiser.parameters())
+    assert run.preflight is not None
+    assert run.preflight.found["memory"]["weights"] == unet
+    train(run)
+    assert all(is_outline(run.backbone.pipeline.components[name]) for name in left_out)
+    with run.exported():
+        export(run.backbone.pipeline, run.folder, "full", merge_lora=False)
+    original, result = DiffusionPipeline.from_pretrained(model), DiffusionPipeline.from_pretrained(run.folder)
+    for name in left_out:
+        expected, found = (getattr(pipeline, name).state_dict() for pipeline in (original, result))
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[weight], x) for weight, x in expected.items())
+
+
+def test_encoders_are_loaded_where_something_has_to_be_encoded(make_cache: Callable[..., Path], prepare: Callable[..., Run]) -> None:
+    folder = make_cache("cache")
+    drawn = prepare("drawn", latent_cache=str(folder), validation_steps=3, validation_prompts=("a",), num_validation_images=1)
+    assert not any(is_outline(part) for part in drawn.backbone.pipeline.components.values())
+    assert not any(is_outline(part) for part in prepare("plain").backbone.pipeline.components.values())
+
+
 def test_scores_and_order_are_those_of_the_data(make_cache: Callable[..., Path], prepare: Callable[..., Run], shaped_file: Path) -> None:
     folder = make_cache("cache", train_data_dir=str(shaped_file))
     for noise in (0.0, 1.0):
@@ -121,7 +156,7 @@ def test_pictures_and_prompts_that_repeat_are_stored_once(make_cache: Callable[.
     store = LatentStore.open(make_cache("cache", train_data_dir=str(shaped_file)))
     assert len(store.pictures.key) == 24
     assert len(cache.stored(store.folder, cache.LATENTS)) == 23
-    assert len(store.prompts.key) == len(cache.stored(store.folder, cache.PROMPTS)) == 6
+    assert len(store.prompts.key) == len(cache.stored(store.folder, cache.PROMPTS)) == 7  # with the empty one
 
 
 @pytest.mark.reliability("D12")
