@@ -84,6 +84,18 @@ def _attach(module: nn.Module, config: LoraConfig, seed: int) -> None:
         torch.manual_seed(seed)
         module.add_adapter(config)  # type: ignore[operator]
     cast_training_params(module, torch.float32)  # a new adapter takes the dtype of its layers
+    leave_inputs_alone(module)
+
+
+def leave_inputs_alone(module: nn.Module) -> None:
+    """Let autocast choose the dtype of an adapter's products in a UNet, which always runs under it.
+
+    peft casts the input of every adapter to float32, which autocast casts back: the same numbers, two more kernels and one more tensor
+    kept for the backward pass in every adapted layer. DoRA, which divides by norms, keeps its casts.
+    """
+    for layer in module.modules() if isinstance(module, UNet2DConditionModel) else ():
+        if isinstance(layer, BaseTunerLayer) and not len(layer.lora_magnitude_vector):
+            layer.cast_input_dtype_enabled = False
 
 
 def adapted_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
