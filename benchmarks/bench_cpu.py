@@ -3,11 +3,11 @@
     python benchmarks/bench_cpu.py --folder FOLDER --part lora --diffusers SCRIPT
     python benchmarks/bench_cpu.py --folder FOLDER --part full --salesforce SCRIPT
     python benchmarks/bench_cpu.py --folder FOLDER --part mapo --kohya SCRIPT
-    python benchmarks/bench_cpu.py --folder FOLDER --part growth
+    python benchmarks/bench_cpu.py --table
 
 SCRIPT is the peer's training script in a checkout of its repository; it runs unmodified, on the same pipeline of random weights and the
 same pairs. Parts are independent and take 2 to 6 minutes each; every result goes into benchmarks/results/cpu.json and, from there, into
-the table of docs/speed.md (--table). The parity gate comes first: on recorded inputs our losses, gradients and weights have to be the
+the tables of docs/speed.md (--table). The parity gate comes first: on recorded inputs our losses, gradients and weights have to be the
 peer's. One thread each; ratios are of CPU seconds.
 """
 
@@ -60,6 +60,8 @@ def ours(folder: Path, name: str, method: str, *flags: str, items: float = 1.0) 
         "max_train_steps": STEPS,
         "checkpointing_steps": STEPS,
     }
+    if "--tune" in flags:
+        del common["rank"]
     given = [word for key, value in common.items() for word in (f"--{key}", str(value))]
     if "--method" in flags or method != "diffusion_dpo":
         return Contestant(ROOT / "scripts" / "train.py", ["--method", method, *given, *flags], items)
@@ -237,14 +239,30 @@ def machine() -> dict[str, Any]:
     }
 
 
+def table(stored: dict[str, Any]) -> str:
+    """Markdown: what was measured, in CPU seconds per item and in ratios, from the result file."""
+    lines = ["| who | CPU seconds per pair or picture | seconds to the first step | peak RSS in GB |", "|---|---|---|---|"]
+    for part in PARTS:
+        for name, x in stored.get(part, {}).get("contestants", {}).items():
+            numbers = f"{x['seconds_per_item']:.3f} | {x['seconds_to_first_step']:.1f} | {x['peak_bytes'] / 1e9:.2f}"
+            lines.append(f"| {part}: {name} | {numbers} |")
+    lines += ["", "| times as many per CPU second | ratio | least and largest of the rounds | target |", "|---|---|---|---|"]
+    for part in PARTS:
+        for name, x in stored.get(part, {}).get("ratios", {}).items():
+            wanted = f"{x['target']:.2f}" if x["target"] else ""
+            lines.append(f"| {part}: {name} | {x['ratio']:.2f} | {x['least']:.2f} to {x['largest']:.2f} | {wanted} |")
+    return "\n".join(lines)
+
+
 PARTS = {"lora": (part_lora, "mid"), "full": (part_full, "mid"), "mapo": (part_mapo, "deep")}
 
 
 def main() -> None:
     """Run one part and store its result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for fixtures, caches and runs; made once, used again")
-    parser.add_argument("--part", choices=sorted(PARTS), required=True)
+    parser.add_argument("--folder", type=Path, help="for fixtures, caches and runs; made once, used again")
+    parser.add_argument("--part", choices=sorted(PARTS))
+    parser.add_argument("--table", action="store_true", help="print the table of docs/speed.md from the results that are there")
     for peer in ("diffusers", "salesforce", "kohya"):
         parser.add_argument(
             f"--{peer}", type=Path, metavar="SCRIPT", help="the peer's training script; left out of the contest if not given"
@@ -254,6 +272,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6, help="per block; a round has two blocks of everybody")
     parser.add_argument("--results", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.table:
+        return print(table(json.loads(args.results.read_text())))
+    if args.folder is None or args.part is None:
+        parser.error("give --folder and --part, or --table")
     os.environ.update(OMP_NUM_THREADS="1", PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
     part, size = PARTS[args.part]
     folder = args.folder / (args.size or size)

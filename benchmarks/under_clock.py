@@ -1,6 +1,6 @@
 """Run a training script, unmodified, and time its optimizer steps: ours, a peer's, or one written for comparison.
 
-    python benchmarks/under_clock.py [--stand_in NAME ...] [--trace FILE] [--limit STEPS] SCRIPT [its flags]
+    python benchmarks/under_clock.py [--stand_in NAME ...] [--trace FILE] [--profile FILE] [--limit STEPS] SCRIPT [its flags]
 
 A step lasts from the end of one optimizer step to the end of the next, so that nothing the script does is left out: reading, encoding,
 logging. Under a contest (contest.py) the script pauses after its first step and then takes as many as it is told to. Stand-ins replace
@@ -79,6 +79,25 @@ class StepClock:
             "wall": [wall for _, wall in self.steps],
             "peak_bytes": peak,
         }
+
+
+class Profile:
+    """The kernels of three steps after three others, as a table in a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.count = path, 0
+        kinds = [torch.profiler.ProfilerActivity.CPU] + ([torch.profiler.ProfilerActivity.CUDA] if torch.cuda.is_available() else [])
+        self.profiler = torch.profiler.profile(activities=kinds)
+
+    def after_step(self, *_: Any) -> None:
+        """Begin after the third step, write after the sixth."""
+        self.count += 1
+        if self.count == 3:
+            self.profiler.start()
+        elif self.count == 6:
+            self.profiler.stop()
+            order = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
+            self.path.write_text(self.profiler.key_averages().table(sort_by=order, row_limit=25, max_name_column_width=60))
 
 
 def leave(code: int) -> None:
@@ -214,6 +233,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stand_in", action="append", choices=sorted(STAND_INS), default=[])
     parser.add_argument("--trace", type=Path, help="keep inputs, losses and weights of --limit steps for parity.py")
+    parser.add_argument("--profile", type=Path, help="write the kernels of steps 4 to 6")
     parser.add_argument("--limit", type=int, help="end after this many optimizer steps")
     parser.add_argument("script", type=Path)
     parser.add_argument("flags", nargs=argparse.REMAINDER)
@@ -224,6 +244,8 @@ def main() -> None:
         STAND_INS[name]()
     if args.trace:
         Trace(args.trace, args.limit or 1).install()
+    if args.profile:
+        register_optimizer_step_post_hook(Profile(args.profile).after_step)
     register_optimizer_step_post_hook(clock.after_step)
     sys.argv = [str(args.script), *args.flags]
     runpy.run_path(str(args.script), run_name="__main__")

@@ -8,12 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 from cost_model import CARDS, METHODS, Setup, seconds, table
 
+ROOT = Path(__file__).resolve().parents[2]
 MEASURED = {"decode_pair": 0.06, "read_cached_pair": 0.0002, "draw_noise": 0.0006}
 
 
