@@ -123,7 +123,7 @@ def assemble(encoded: Encoded, encoder: Encoder) -> PreferenceBatch:
     if encoder.uses_time_ids:
         cond = replace(cond, time_ids=encoded.time_ids[:, encoded.slots].to(encoder.device))
     return PreferenceBatch(
-        latents.to(encoder.device),
+        _moved(latents, encoder.device),
         cond,
         encoded.relevance.to(encoder.device),
         tuple(encoded.pair_ids),

@@ -41,6 +41,7 @@ ENABLED: dict[str, Settings] = {
     "moving average": {"use_ema": True},
     "cheap activations recomputed, lora": {"gradient_checkpointing": "selective"},
     "cheap activations recomputed, full, bf16": {"gradient_checkpointing": "selective", "tune": "full", "mixed_precision": "bf16"},
+    "all weights in bf16": {"tune": "full", "base_dtype": "bf16", "mixed_precision": "bf16", "optimizer": "adafactor"},
     "channels last": {"channels_last": True, "tune": "full"},
     "channels last, sdxl in bf16": {"channels_last": True, "family": "sdxl", "mixed_precision": "bf16", "base_dtype": "bf16"},
     "another attention, lora": {"attention": "native_math"},
@@ -78,12 +79,22 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("recipe", ["diffusion_dpo", "diffusion_sdpo", "mapo", "dspo", "dmpo", "sft"])
+LEAN: dict[str, Settings] = {
+    "selective, another attention": {"gradient_checkpointing": "selective", "attention": "native_math", "mixed_precision": "bf16"},
+    "bf16 weights, channels last": {"tune": "full", "base_dtype": "bf16", "mixed_precision": "bf16", "channels_last": True},
+}
+
+
+@pytest.mark.parametrize("recipe", ["diffusion_dpo", "diffusion_sdpo", "mapo", "dspo", "dmpo", "sft", *LEAN])
 def test_nothing_waits_for_the_device_within_an_accumulation_window(
     recipe: str, base_settings: Settings, prepare: Callable[..., Run], tmp_path: Path
 ) -> None:
     config = prepare("plain", gradient_accumulation_steps=3).config
-    run = prepare_run(type(config)(**base_settings, method=recipe, output_dir=str(tmp_path / "run")), build_objective(recipe, {}))
+    if recipe in LEAN:
+        run = prepare("lean", gradient_accumulation_steps=3, **LEAN[recipe])
+    else:
+        config = type(config)(**base_settings, method=recipe, output_dir=str(tmp_path / "run"))
+        run = prepare_run(config, build_objective(recipe, {}))
     batches = [next(run.source) for _ in range(3)]  # made on the host, ahead of the device
     with Waits() as waits:
         for batch in batches:
