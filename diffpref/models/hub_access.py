@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -17,11 +18,12 @@ TIMEOUT = 8.0
 
 
 T = TypeVar("T")
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 def may_be_downloaded(source: str) -> bool:
-    """Whether a model is asked for by its name on the hub, and the hub may be asked."""
-    return not Path(source).exists() and not constants.HF_HUB_OFFLINE
+    """Whether a model is asked for by its name on the hub, and the hub may be asked. A path that does not exist is no such name."""
+    return _HUB_NAME.fullmatch(source) is not None and not Path(source).exists() and not constants.HF_HUB_OFFLINE
 
 
 def downloaded(source: str, load: Callable[[], T]) -> T:
