@@ -95,7 +95,7 @@ def as_table(found: dict[str, Any]) -> str:
     lines = [
         BEGIN,
         f"Measured in one run on {ours['date']}, {ours['machine']}, in {ours['seconds'] / 60:.0f} minutes. The last column: "
-        f"{theirs['script']}.",
+        f"{theirs['script']}. {ours.get('note', '')}".rstrip(),
         "",
         "| case | what happens | demanded | tries | steps lost, at most | passed | the other script |",
         "|---|---|---|---|---|---|---|",
