@@ -1,6 +1,6 @@
 """What the user branch adds to a UNet forward: FLOPs at the real shapes on tensors without memory, CPU time with random weights.
 
-    python benchmarks/user_attention.py                          # FLOPs, SD1.5 at 512 and SDXL at 1024 pixels
+    python benchmarks/user_attention.py [--user_rank 16]         # FLOPs, SD1.5 at 512 and SDXL at 1024 pixels
     python benchmarks/user_attention.py --time sd15 --side 64    # and seconds on this machine
 
 Rows: without a user, with keys and values computed anew (the first step of a sampling run, and every step of training), and with those
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from diffpref.models.configs import new_part
 from diffpref.models.user_attention import UserStates, add_user_attention
+from diffpref.models.user_lora import add_user_lora
 
 SIDES = {"sd15": 64, "sdxl": 128}
 TOKENS = 4
@@ -43,8 +44,15 @@ def states(unet: Any, device: str, kept: dict[str, Any] | None) -> dict[str, Any
     return {"cross_attention_kwargs": {"user": UserStates(tokens, kept=kept)}}
 
 
+def add_branch(unet: Any, rank: int) -> None:
+    """The user branch, and updates of a rank above 0."""
+    add_user_attention(unet, unet.config.cross_attention_dim, 0)
+    if rank:
+        add_user_lora(unet, unet.config.cross_attention_dim, rank, 0)
+
+
 @torch.no_grad()
-def flops(family: str) -> dict[str, Any]:
+def flops(family: str, rank: int) -> dict[str, Any]:
     """FLOPs of a forward pass (two per multiply-add), and what the branch adds, in per cent."""
     unet: Any = new_part(family, "unet", device="meta")
     args, added = inputs(unet, SIDES[family], "meta")
@@ -56,7 +64,7 @@ def flops(family: str) -> dict[str, Any]:
 
     base = count()
     weights = sum(p.numel() for p in unet.parameters())
-    add_user_attention(unet, unet.config.cross_attention_dim, 0)
+    add_branch(unet, rank)
     unet.to("meta")
     branch = sum(p.numel() for p in unet.parameters()) - weights
     kept: dict[str, Any] = {}
@@ -73,11 +81,11 @@ def flops(family: str) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def seconds(family: str, side: int, repeats: int) -> dict[str, Any]:
+def seconds(family: str, side: int, repeats: int, rank: int) -> dict[str, Any]:
     """CPU seconds of a forward pass, the least of `repeats`, the three kinds in turn."""
     torch.set_num_threads(1)
     unet: Any = new_part(family, "unet").eval()
-    add_user_attention(unet, unet.config.cross_attention_dim, 0)
+    add_branch(unet, rank)
     args, added = inputs(unet, side, "cpu")
     kept: dict[str, Any] = {}
     kinds = {"base": {}, "user": states(unet, "cpu", None), "user, kept": states(unet, "cpu", kept)}
@@ -99,10 +107,12 @@ def main() -> None:
     parser.add_argument("--time", choices=tuple(SIDES), help="also measure this family on the CPU")
     parser.add_argument("--side", type=int, default=64, help="latent side of the measurement")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--user_rank", type=int, default=0, help="rank of the updates beside the branch")
     options = parser.parse_args()
-    result: dict[str, Any] = {"tokens": TOKENS, "flops": [flops(family) for family in SIDES]}
+    rank = options.user_rank
+    result: dict[str, Any] = {"tokens": TOKENS, "user_rank": rank, "flops": [flops(family, rank) for family in SIDES]}
     if options.time:
-        result["time"] = seconds(options.time, options.side, options.repeats)
+        result["time"] = seconds(options.time, options.side, options.repeats, rank)
     print(json.dumps(result, indent=1))
 
 

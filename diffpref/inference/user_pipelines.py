@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from diffpref.data.pairs import load_pairs
 from diffpref.inference.users import as_example, attach_user_weights, new_encoder
 from diffpref.models.user_attention import UserStates, project
+from diffpref.models.user_lora import user_shown
 from diffpref.users.examples import Example, UserEncoder
 
 Users = str | Mapping[str, float]
@@ -168,7 +169,8 @@ class UserPipeline:
             plain = forward(*args, cross_attention_kwargs=options[0], return_dict=False, **kwargs)[0]
             out = plain
             for scale, states in asked:
-                toward = forward(*args, cross_attention_kwargs=options[0] | {"user": states}, return_dict=False, **kwargs)[0]
+                with user_shown(self.unet, states):
+                    toward = forward(*args, cross_attention_kwargs=options[0] | {"user": states}, return_dict=False, **kwargs)[0]
                 out = out + scale * (toward - plain)
             return (out,)
 

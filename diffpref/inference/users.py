@@ -30,6 +30,7 @@ from diffpref.data.schema import PairRow
 from diffpref.models.backbone import FAMILIES, vae_factor
 from diffpref.models.family import family_of_config
 from diffpref.models.user_attention import add_user_attention, user_layers
+from diffpref.models.user_lora import add_user_lora, user_updates
 from diffpref.scorers.clip_towers import VIT_H, VIT_H_REPO, image_features, load_clip_model, load_towers
 from diffpref.scorers.preprocessing import ShortestSideCrop, normalise
 from diffpref.scorers.vlm_judge import load_vlm_judge
@@ -135,11 +136,12 @@ def _family(pipeline: DiffusionPipeline) -> str:
 def branch_state(unet: nn.Module, projector: nn.Module) -> dict[str, Tensor]:
     """Everything that a folder of user weights keeps, by name; buffers of the projector too."""
     layers = {f"unet.{name}.{key}": x for name, layer in user_layers(unet).items() for key, x in layer.state_dict().items()}
+    layers |= {f"unet.{name}.user_lora.{key}": x for name, update in user_updates(unet).items() for key, x in update.state_dict().items()}
     return layers | {f"projector.{key}": x for key, x in projector.state_dict().items()}
 
 
 def save_user_weights(folder: Path, unet: nn.Module, projector: nn.Module, config: Settings, embeds: Mapping[str, Tensor]) -> None:
-    """Write a folder of user weights. config: projector (its name), sizes, width, encoder (settings of `new_encoder`)."""
+    """Write a folder of user weights. config: projector (its name), sizes, width, user_rank, encoder (settings of `new_encoder`)."""
     folder.mkdir(parents=True, exist_ok=True)
     state = {name: x.detach().cpu().contiguous() for name, x in branch_state(unet, projector).items()}
     for name, tensors in ((WEIGHTS_FILE, state), (EMBEDS_FILE, {user: x.contiguous() for user, x in embeds.items()})):
@@ -167,6 +169,8 @@ def attach_user_weights(pipeline: DiffusionPipeline, folder: Path) -> tuple[nn.M
     projector = new_projector(config["projector"], **config["sizes"])
     if not user_layers(unet):
         add_user_attention(unet, width, 0)
+        if config.get("user_rank"):
+            add_user_lora(unet, width, config["user_rank"], 0)
     state, own = load_file(folder / WEIGHTS_FILE), branch_state(unet, projector)
     wrong = [name for name in {**state, **own} if name not in own or name not in state or own[name].shape != state[name].shape]
     if wrong:
@@ -175,7 +179,7 @@ def attach_user_weights(pipeline: DiffusionPipeline, folder: Path) -> tuple[nn.M
         for name, x in own.items():
             x.copy_(state[name])  # state dicts share memory with their modules
     device = next(unet.parameters()).device
-    for layer in user_layers(unet).values():
+    for layer in (*user_layers(unet).values(), *user_updates(unet).values()):
         layer.to(device, unet.dtype).requires_grad_(False)
     embeds = load_file(folder / EMBEDS_FILE) if (folder / EMBEDS_FILE).exists() else {}
     return projector.to(device).eval().requires_grad_(False), config, embeds

@@ -23,7 +23,7 @@ from diffpref.core.random import generator
 from diffpref.core.types import Conditioning, Predict
 from diffpref.models.attention import NATIVE, DispatchedAttention, attended, check_layer, heads, kernel
 
-KeysAndValues = dict[str, tuple[Tensor, Tensor]]
+Kept = dict[str, tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class UserStates:
     tokens: Tensor  # (b, M, n, d): n tokens of each of M users
     weights: Tensor | None = None  # (M,); None for weight 1
     scale: float = 1.0
-    kept: KeysAndValues | None = None  # by layer: filled in the first pass and used in later ones; one dictionary per sampling run
+    kept: Kept | None = None  # by layer: filled in the first pass and used in later ones; one dictionary per sampling run
 
 
 @dataclass
@@ -93,7 +93,8 @@ class UserAttention(nn.Module):
     def _keys_and_values(self, user: UserStates) -> tuple[Tensor, Tensor]:
         """Both (b, M, n, C), from `kept` where they are there."""
         if user.kept is not None and self.name in user.kept:
-            return user.kept[self.name]
+            key, value = user.kept[self.name]
+            return key, value
         found = self.user_k(user.tokens), self.user_v(user.tokens)
         if user.kept is not None:
             user.kept[self.name] = found

@@ -27,6 +27,8 @@ class UserConditioning:
     """Share of pairs whose user is replaced by zeros, drawn once per pair and visit."""
     user_tune: UserTune = "user"
     """What is trained: the user branch alone (the paper), or also a LoRA."""
+    user_rank: int = 0
+    """Rank of low-rank updates on the UNet's layers whose strength follows the user, beside the branch; 0 for none (the paper)."""
     encoder_fit_steps: int = 500
     """Steps of fitting the light encoder to predict choices, before training; 0 leaves it random."""
     train_user_encoder: bool = False
@@ -45,7 +47,7 @@ class UserConditioning:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
         _check_share("user_dropout", self.user_dropout)
-        for name in ("encoder_fit_steps", "held_out_users"):
+        for name in ("user_rank", "encoder_fit_steps", "held_out_users"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 0")
         if self.user_encoder == "table" and self.held_out_users:
@@ -66,10 +68,14 @@ class AxesConditioning:
     """Probability that the two pictures change places and the axes their signs, which is an equally valid pair; not if all are 0."""
     user_tune: UserTune = "user"
     """What is trained: the branch alone, or also a LoRA."""
+    user_rank: int = 0
+    """Rank of low-rank updates on the UNet's layers whose strength follows the user, beside the branch; 0 for none (the paper)."""
 
     def __post_init__(self) -> None:
         for name in ("axis_dropout", "all_axes_dropout", "exchange_prob"):
             _check_share(name, getattr(self, name))
+        if self.user_rank < 0:
+            raise ValueError(f"user_rank is {self.user_rank}; it must be at least 0")
 
 
 Conditioning = UserConditioning | AxesConditioning

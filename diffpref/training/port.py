@@ -22,6 +22,7 @@ from diffpref.data.pairs import PairDataset
 from diffpref.inference.users import as_example, new_encoder, save_user_weights
 from diffpref.models.backbone import FAMILIES, Backbone
 from diffpref.models.user_attention import UserUNet, add_user_attention
+from diffpref.models.user_lora import add_user_lora
 from diffpref.training.conditioning import AxesConditioning, Conditioning, UserConditioning
 from diffpref.training.config import TrainConfig
 from diffpref.users.examples import Contexts, Example, Pair, UserEncoder, decided_by
@@ -55,6 +56,8 @@ def new_port(settings: Conditioning, config: TrainConfig, pairs: PairDataset, he
     for name in ("merge_lora", "rank", "lora_alpha", "lora_targets", "use_dora", "use_rslora"):
         if settings.user_tune == "user" and (value := getattr(config, name)) != getattr(TrainConfig, name):
             raise ValueError(f"{name} is {value}, but user_tune is user, which trains no LoRA; leave {name} out or use user_tune user_lora")
+    if config.compile and settings.user_rank:
+        raise ValueError(f"compile is true, but user_rank is {settings.user_rank}, whose updates change with every batch; leave one out")
     if isinstance(settings, AxesConditioning):
         return AxesPort(settings, config.seed, pairs)
     port = UserPort.choose(settings, config.seed, pairs, say)
@@ -63,13 +66,15 @@ def new_port(settings: Conditioning, config: TrainConfig, pairs: PairDataset, he
     return port
 
 
-def attach_branch(backbone: Backbone, kind: str, sizes: Mapping[str, Any], seed: int) -> tuple[Backbone, UserUNet]:
-    """Put user branches on the UNet and the projector beside it. Raises ValueError for a family without one."""
+def attach_branch(backbone: Backbone, kind: str, sizes: Mapping[str, Any], rank: int, seed: int) -> tuple[Backbone, UserUNet]:
+    """Put user branches, and updates of a rank above 0, on the UNet, the projector beside it. Raises ValueError for other families."""
     if backbone.family not in ("sd", "sdxl"):
         raise ValueError(f"the model is of the {backbone.family} family, which has no user branch; use an SD or SDXL model")
     unet, width = backbone.denoiser, int(backbone.denoiser.config.cross_attention_dim)
     device = next(unet.parameters()).device
     add_user_attention(unet, width, seed)
+    if rank:
+        add_user_lora(unet, width, rank, seed)
     projector = new_projector(kind, **sizes).to(device)
     module = UserUNet(unet, projector, FAMILIES[backbone.family].predictor)
     return dataclasses.replace(backbone, predictor=lambda wrapped: wrapped), module
@@ -135,10 +140,16 @@ class UserPort:
             sizes |= {"picture": (len(example) - prompt) // 2, "prompt": prompt, "num_tokens": settings.user_tokens}
         else:
             kind, sizes = "tokens", sizes | {"d": next(iter(self.embeds.values())).shape[-1]}
-        backbone, module = attach_branch(backbone, kind, sizes, self.seed)
+        backbone, module = attach_branch(backbone, kind, sizes, settings.user_rank, self.seed)
         self.projector = module.projector
         reading = {name: value for name, value in dataclasses.asdict(settings).items() if name != "user_cache"}
-        self.config: dict[str, Any] = {"projector": kind, "sizes": sizes, "width": width, "encoder": reading}
+        self.config: dict[str, Any] = {
+            "projector": kind,
+            "sizes": sizes,
+            "width": width,
+            "user_rank": settings.user_rank,
+            "encoder": reading,
+        }
         if isinstance(self.projector, ExampleEncoder):
             self._fit(self.projector)
         return backbone, module
@@ -234,8 +245,9 @@ class AxesPort:
         """One learned token per axis."""
         width = int(backbone.denoiser.config.cross_attention_dim)
         sizes = {"num_axes": len(self.settings.axes), "width": width, "seed": self.seed}
-        self.config = {"projector": "axes", "sizes": sizes, "width": width, "axes": list(self.settings.axes)}
-        backbone, module = attach_branch(backbone, "axes", sizes, self.seed)
+        rank = self.settings.user_rank
+        self.config = {"projector": "axes", "sizes": sizes, "width": width, "user_rank": rank, "axes": list(self.settings.axes)}
+        backbone, module = attach_branch(backbone, "axes", sizes, self.settings.user_rank, self.seed)
         self.projector = module.projector
         return backbone, module
 

@@ -25,6 +25,7 @@ from diffpref.inference.user_pipelines import UserStableDiffusionPipeline, UserS
 from diffpref.inference.users import WEIGHTS_FILE, branch_state, save_user_weights
 from diffpref.models.backbone import load_pipeline
 from diffpref.models.user_attention import add_user_attention, user_layers
+from diffpref.models.user_lora import add_user_lora, user_updates
 from diffpref.users.projectors import new_projector
 from tests.conftest import TEXT_WIDTH
 
@@ -39,8 +40,11 @@ def write_weights(model: Path, folder: Path, kind: str, sizes: dict[str, int], e
     add_user_attention(pipeline.unet, width, 0)
     for i, layer in enumerate(user_layers(pipeline.unet).values()):
         nn.init.normal_(layer.user_v.weight, generator=torch.Generator().manual_seed(i))
+    add_user_lora(pipeline.unet, width, 2, 0)
+    for i, update in enumerate(user_updates(pipeline.unet).values()):
+        nn.init.normal_(update.up.weight, std=0.3, generator=torch.Generator().manual_seed(i))
     projector = new_projector(kind, width=width, **sizes)
-    config = {"projector": kind, "sizes": {"width": width, **sizes}, "width": width, "encoder": ENCODER}
+    config = {"projector": kind, "sizes": {"width": width, **sizes}, "width": width, "user_rank": 2, "encoder": ENCODER}
     save_user_weights(folder, pipeline.unet, projector, config, embeds)
     return folder
 
@@ -118,7 +122,8 @@ def test_mixing(pipeline: Any) -> None:
 
 def test_keys_and_values_once_per_run(pipeline: Any) -> None:
     calls: list[int] = []
-    hooks = [layer.user_k.register_forward_hook(lambda *_: calls.append(0)) for layer in user_layers(pipeline.unet).values()]
+    once = [*(layer.user_k for layer in user_layers(pipeline.unet).values()), *(x.gate for x in user_updates(pipeline.unet).values())]
+    hooks = [module.register_forward_hook(lambda *_: calls.append(0)) for module in once]
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     pipeline("a cat", latents=latents, num_inference_steps=4, users="anna", output_type="latent")
     for hook in hooks:

@@ -26,6 +26,7 @@ from diffpref.data.pairs import load_pairs
 from diffpref.inference.user_pipelines import as_user_pipeline
 from diffpref.models.backbone import load_pipeline
 from diffpref.models.user_attention import user_layers
+from diffpref.models.user_lora import user_updates
 from diffpref.training.conditioning import AxesConditioning, UserConditioning
 from diffpref.training.objective import build_objective
 from diffpref.training.port import AxesPort, UserPort, exchanged
@@ -61,13 +62,21 @@ def base_settings(base_settings: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in base_settings.items() if name != "rank"}
 
 
-@pytest.mark.parametrize(("family", "user_tune"), [("sd", "user"), ("sdxl", "user_lora")])
+@pytest.mark.parametrize(("family", "user_tune", "user_rank"), [("sd", "user", 0), ("sdxl", "user_lora", 2)])
 def test_first_step_and_what_is_trained(
-    family: str, user_tune: str, request: pytest.FixtureRequest, user_pairs: str, run_training: Go, read_metrics: Any, read_state: Any
+    family: str,
+    user_tune: str,
+    user_rank: int,
+    request: pytest.FixtureRequest,
+    user_pairs: str,
+    run_training: Go,
+    read_metrics: Any,
+    read_state: Any,
 ) -> None:
     model = str(request.getfixturevalue(f"{family}_folder"))
     folder = run_training(
-        "run", objective(user_tune=user_tune), pretrained_model_name_or_path=model, train_data_dir=user_pairs, max_train_steps=3,
+        "run", objective(user_tune=user_tune, user_rank=user_rank), pretrained_model_name_or_path=model, train_data_dir=user_pairs,
+        max_train_steps=3,
         gradient_checkpointing=family == "sd", held_out_pairs=3, validation_steps=3, num_validation_images=1,
     )  # fmt: skip
     first, *_, last = [line for line in read_metrics(folder) if "loss" in line]
@@ -77,19 +86,21 @@ def test_first_step_and_what_is_trained(
     trained = {name for name in read_state(folder, 3) if name.startswith("weights/")}
     assert any("user_v" in name for name in trained)
     assert any("projector.tokens" in name for name in trained)
-    assert any("lora_" in name for name in trained) is (user_tune == "user_lora")
+    assert any("lora_A" in name for name in trained) is (user_tune == "user_lora")
+    assert any("user_lora.gate" in name for name in trained) is (user_rank > 0)
     assert all(any(part in name for part in ("user_", "projector", "lora_")) for name in trained)
     users = json.loads((folder / "users.json").read_text())
     assert users["left_out"] == {"dora": 1}
     assert users["seen"] == ["anna", "ben", "carl"]
     pipeline = as_user_pipeline(load_pipeline(model), folder)
     assert pipeline.known_users == ["anna", "ben", "carl"]
+    assert len(user_updates(pipeline.unet)) == (len({n.split("user_lora")[0] for n in trained if "user_lora" in n}) if user_rank else 0)
 
 
 def test_resume_is_exact(user_pairs: str, run_training: Go, read_state: Any) -> None:
-    whole = run_training("whole", objective(), train_data_dir=user_pairs, max_train_steps=4)
-    run_training("parts", objective(), train_data_dir=user_pairs, max_train_steps=2)
-    parts = run_training("parts", objective(), train_data_dir=user_pairs, max_train_steps=4, resume_from_checkpoint="latest")
+    whole = run_training("whole", objective(user_rank=2), train_data_dir=user_pairs, max_train_steps=4)
+    run_training("parts", objective(user_rank=2), train_data_dir=user_pairs, max_train_steps=2)
+    parts = run_training("parts", objective(user_rank=2), train_data_dir=user_pairs, max_train_steps=4, resume_from_checkpoint="latest")
     assert_same(read_state(parts, 4), read_state(whole, 4))
 
 
@@ -211,6 +222,7 @@ def test_mcdpo_trains(user_pairs: str, run_training: Go, read_metrics: Any, sd_f
         ("ppd", {}, {"train_text_encoder": True}, "train_text_encoder"),
         ("ppd", {}, {"merge_lora": True}, "merge_lora"),
         ("ppd", {}, {"rank": 4}, "rank is 4, but user_tune is user"),
+        ("ppd", {"user_rank": 2}, {"compile": True}, "compile is true, but user_rank is 2"),
         ("ppd", {"num_examples": 9}, {}, "lower num_examples"),
         ("ppd", {"held_out_users": 3}, {}, "no user is left"),
         ("mcdpo", {"axes": ("depth",)}, {}, "the data has scores: "),
@@ -237,5 +249,8 @@ def test_pairs_without_users_are_refused(prepare: Start) -> None:
 def test_wrong_values_are_named() -> None:
     with pytest.raises(ValueError, match="user_dropout is 2"):
         UserConditioning(user_dropout=2.0)
+    for settings in (UserConditioning, AxesConditioning):
+        with pytest.raises(ValueError, match="user_rank is -1"):
+            settings(user_rank=-1)
     with pytest.raises(ValueError, match="knows no new users"):
         UserConditioning(user_encoder="table", held_out_users=1)
