@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 
 from diffpref.evaluation.generate import as_rows, contact_sheet
 from diffpref.locations import asset
+from diffpref.testbed.axes_results import AxesConfig, run_axes
 from diffpref.testbed.demo import CompareConfig, compare_models
 from diffpref.testbed.leaderboard import LeaderboardConfig, run_leaderboard
 from diffpref.testbed.measure import Ruler, fingerprint, measure, seeds_for, shares
@@ -181,6 +182,7 @@ PARTS: dict[str, tuple[type[Any], Callable[[Any], object]]] = {
     "scorer": (ScorerConfig, build_scorer),
     "describe": (DescribeConfig, describe),
     "users": (UsersConfig, run_users),
+    "axes": (AxesConfig, run_axes),
     "compare": (CompareConfig, compare_models),
     "results": (ResultsConfig, run_results),
     "leaderboard": (LeaderboardConfig, run_leaderboard),
