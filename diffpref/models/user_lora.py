@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
@@ -62,8 +63,7 @@ class UserLora(nn.Module):
         gate = self._gate(user).repeat_interleave(len(inner) // len(user.tokens), 0).to(inner.dtype)  # (B, r)
         one = [1] * (inner.ndim - 2)
         gate = gate.view(len(gate), -1, *one) if isinstance(self.down, nn.Conv2d) else gate.view(len(gate), *one, -1)
-        added: Tensor = self.up(gate * inner)
-        return output + user.scale * added
+        return torch.add(output, self.up(gate * inner), alpha=user.scale)
 
     def _gate(self, user: UserStates) -> Tensor:
         """Factors (b, r), summed over users; kept with the keys and values of a sampling run."""
