@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -148,6 +149,21 @@ def test_evaluations_of_an_update_are_counted() -> None:
     cost = update_cost(train, pictures_per_update=2)
     assert (cost["evaluations_with_gradient"], cost["evaluations_without_gradient"]) == (1, 3)
     assert cost["cpu_seconds_per_update"] > 0
+
+
+def test_what_the_first_training_of_a_process_sets_up_is_no_cost_of_an_update() -> None:
+    def spend(seconds: float) -> None:
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            pass
+
+    starts: list[int] = []
+
+    def train(updates: int) -> None:
+        spend(0.02 * updates + (0 if starts else 0.2))
+        starts.append(updates)
+
+    assert update_cost(train, pictures_per_update=2)["cpu_seconds_per_update"] == pytest.approx(0.02, rel=0.2)
 
 
 def stored(folder: Path, run: Run, scores: np.ndarray, **more: Any) -> None:
