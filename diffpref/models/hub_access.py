@@ -42,8 +42,7 @@ def check_hub_answers(setting: str, source: str, revision: str | None = None) ->
 
     Nothing is asked for a local path, a model in the cache, and with HF_HUB_OFFLINE. What the answer says is not looked at.
     """
-    cached = try_to_load_from_cache(source, "model_index.json", revision=revision) if source.count("/") == 1 else None
-    if not may_be_downloaded(source) or isinstance(cached, str):
+    if not may_be_downloaded(source) or isinstance(try_to_load_from_cache(source, "model_index.json", revision=revision), str):
         return
     why = ""
     for pause in (0.0, *PAUSES):

@@ -126,6 +126,7 @@ def test_the_mode_of_flips_matters(run_training: Go, read_metrics: Metrics) -> N
     assert shared != independent
 
 
+@pytest.mark.slow  # the default tier has the same for the plain order
 def test_two_ranks_are_one_rank_with_twice_the_accumulation(
     base_settings: Settings, run_training: Go, read_state: State, tmp_path: Path
 ) -> None:

@@ -30,7 +30,7 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("tune", ["lora", "full"])
+@pytest.mark.parametrize("tune", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_policy_and_reference_are_one_graph_per_kind_of_block(tune: str, prepare: Callable[..., Run]) -> None:
     """The gate of test_one_arithmetic.py, for compiled blocks."""
     run = prepare("run", **COMPILED, tune=tune, beta=5000.0, mixed_precision="bf16")

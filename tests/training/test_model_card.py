@@ -178,7 +178,7 @@ def test_scores_come_from_the_report(finished: Finished) -> None:
     assert "## Scores" not in (folder / "README.md").read_text()
     (folder / "report.json").write_text(json.dumps(REPORT))
     (folder / "side_by_side.png").write_bytes(b"")
-    refresh_card(Aligned(folder, True, None, {}), TrainConfig())
+    refresh_card(Aligned(folder, True, None, False, {}), TrainConfig())
     text = (folder / "README.md").read_text()
     assert "93.3 % (95 % interval 90.0 % to 95.0 %, 500 prompts, judged by the structural reward)" in text
     assert "2.961 -> 4.26 (+1.3, 95 % interval +1.2 to +1.4)" in text

@@ -78,6 +78,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(train: Go) -> None:
     assert_same(weights(again, 4), weights(whole, 4))
 
 
+@pytest.mark.slow  # the default tier has the same for the reward model, whose loop it is
 def test_two_ranks_are_one_rank_with_twice_the_accumulation(base: Settings, train: Go, sdxl_folder: Path, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
