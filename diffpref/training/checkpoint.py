@@ -166,11 +166,11 @@ def is_complete(folder: Path) -> bool:
         return False
 
 
-def find_checkpoint(run_folder: Path, wanted: str) -> tuple[Path | None, list[str]]:
+def find_checkpoint(run_folder: Path, wanted: str, restart: bool = False) -> tuple[Path | None, list[str]]:
     """The checkpoint that resume_from_checkpoint asks for, and a warning per damaged one that was passed over.
 
     "latest" is the newest complete one, None if there is none at all; a path or a name must exist and be complete. Damaged
-    folders are renamed to bad-... . Raises ValueError when the wanted one is unusable or all are damaged.
+    folders are renamed to bad-... . Raises ValueError when the wanted one is unusable, or all are damaged and `restart` is not given.
     """
     for left in (*run_folder.glob(".tmp-checkpoint-*"), *run_folder.glob(".tmp-best-*")):
         shutil.rmtree(left, ignore_errors=True)
@@ -186,11 +186,13 @@ def find_checkpoint(run_folder: Path, wanted: str) -> tuple[Path | None, list[st
         aside = _rename_away(folder, "bad")
         warnings.append(f"{folder.name} is damaged or incomplete and was renamed to {aside.name}")
     damaged = sorted(p.name for p in run_folder.glob("bad-checkpoint-*"))
-    if damaged:
+    if damaged and not restart:
         raise ValueError(
             f"resume_from_checkpoint latest: no complete checkpoint in {run_folder}, only {', '.join(damaged)}; "
-            "start again in another output_dir"
+            "start again in another output_dir, or with --restart true in this one"
         )
+    if damaged:
+        warnings.append("no complete checkpoint is left; begins again at step 0, as restart says")
     return None, warnings
 
 

@@ -220,6 +220,10 @@ class TrainConfig:
     """After a loss or gradient that is not finite: skip the update (3 in a row end the run), stop, or go back to the last checkpoint."""
     resume_from_checkpoint: str | None = None
     """Continue from a checkpoint folder, or from the newest complete one of output_dir with "latest"."""
+    restart: bool = False
+    """With "latest": begin again at step 0 when every checkpoint is damaged, instead of refusing."""
+    allow_change: tuple[str, ...] = ()
+    """Settings whose values a resumed run may change, "learning_rate beta"; it is then no longer the run that it was."""
     validation_steps: int | None = None
     """Optimizer steps between held-out accuracy and validation pictures; none when not given."""
     validation_prompts: tuple[str, ...] = ()

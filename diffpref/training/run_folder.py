@@ -36,6 +36,8 @@ MANIFEST_FILE = "run_manifest.json"
 
 _MAY_CHANGE = {
     "resume_from_checkpoint",
+    "allow_change",
+    "restart",
     "output_dir",
     "dataloader_num_workers",
     "checkpointing_steps",
@@ -83,14 +85,16 @@ def claim(config: TrainConfig, method: Objective, accelerator: Accelerator) -> t
 def claim_folder(folder: Path, settings: Settings, wanted: str | None, accelerator: Accelerator) -> tuple[Path, Path | None]:
     """`claim` for any kind of run: its flat settings, and the checkpoint that is `wanted`."""
     stored = folder / CONFIG_FILE
+    wished: list[str] = []
     if stored.exists():
         check_links(folder)
         if accelerator.is_main_process:
             hold(folder)
-        differences = compare(yaml.safe_load(stored.read_text()) or {}, settings)
+        wished, differences = _changes(yaml.safe_load(stored.read_text()) or {}, settings)
         if differences:
             raise ValueError(
-                f"output_dir {str(folder)!r} holds a run with other settings ({'; '.join(differences)}); choose another output_dir"
+                f"output_dir {str(folder)!r} holds a run with other settings ({'; '.join(differences)}); choose another output_dir, or "
+                "name the settings in allow_change to go on from its checkpoint with the new values"
             )
         if wanted is None:
             raise ValueError(
@@ -101,7 +105,9 @@ def claim_folder(folder: Path, settings: Settings, wanted: str | None, accelerat
     resume = None
     if wanted:
         with accelerator.main_process_first():  # it renames damaged checkpoints; the others then look at what is left
-            resume, warnings = find_checkpoint(folder, wanted)
+            resume, warnings = find_checkpoint(folder, wanted, restart=bool(settings.get("restart")))
+        if wished and accelerator.is_main_process:
+            warnings.append(f"continues with other settings than the run began with, as allow_change says: {'; '.join(wished)}")
         for warning in warnings:
             print(f"warning: {warning}", file=sys.stderr)
     accelerator.wait_for_everyone()
@@ -175,6 +181,17 @@ def compare(stored: Settings, settings: Settings) -> list[str]:
     allowed |= {name for name in ("score_min", "score_max") if settings.get(name) is None}  # fitted to the data, which is compared itself
     names = [name for name in {**stored, **settings} if name not in allowed]
     return [f"{n}: {stored.get(n)} -> {settings.get(n)}" for n in names if stored.get(n) != settings.get(n)]
+
+
+def _changes(stored: Settings, settings: Settings) -> tuple[list[str], list[str]]:
+    """Differences that allow_change names, and the others. Raises ValueError for a name that is no setting of the run."""
+    names = tuple(settings.get("allow_change") or ())
+    unknown = [name for name in names if name not in settings]
+    if unknown:
+        raise ValueError(f"allow_change has {unknown[0]!r}, which is no setting of this run; accepted: {', '.join(sorted(settings))}")
+    found = compare(stored, settings)
+    wished = [line for line in found if line.partition(":")[0] in names]
+    return wished, [line for line in found if line not in wished]
 
 
 def open_folder(

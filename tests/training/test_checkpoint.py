@@ -171,6 +171,10 @@ def test_when_all_are_damaged_the_run_does_not_start_over_in_silence(damage: Cal
         find_checkpoint(tmp_path, "latest")
     assert "checkpoint-1" in str(caught.value)
     assert "checkpoint-2" in str(caught.value)
+    assert find_checkpoint(tmp_path, "latest", restart=True) == (
+        None,
+        ["no complete checkpoint is left; begins again at step 0, as restart says"],
+    )
 
 
 def test_a_named_checkpoint_must_be_there_and_complete(tmp_path: Path) -> None:

@@ -236,7 +236,39 @@ def test_the_folder_of_another_run_is_left_alone(base_settings: Settings, run_tr
     line = last_line(capsys.readouterr().err)
     assert line.startswith(f"error: output_dir {str(folder)!r} holds a run with other settings")
     assert "learning_rate: 0.01 -> 0.5" in line
+    assert "allow_change" in line
     assert {p.relative_to(folder): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
+
+
+@pytest.mark.reliability("R11")
+def test_named_settings_may_change_when_a_run_goes_on(
+    base_settings: Settings, run_training: Go, read_metrics: Callable[[Path], list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = run_training("run", max_train_steps=2, lr_scheduler="constant", lr_warmup_steps=0)
+    changed = base_settings | {"output_dir": folder, "max_train_steps": 4, "lr_scheduler": "constant", "lr_warmup_steps": 0}
+    changed |= {"beta": 100.0, "learning_rate": 0.002, "resume_from_checkpoint": "latest"}
+    assert cli.main(["train", *flags(changed | {"allow_change": "beta"})]) == 2
+    assert "learning_rate: 0.01 -> 0.002" in last_line(capsys.readouterr().err)
+    assert cli.main(["train", *flags(changed | {"allow_change": "learning_rat"})]) == 2
+    assert "allow_change has 'learning_rat'" in last_line(capsys.readouterr().err)
+    assert cli.main(["train", *flags(changed | {"allow_change": "learning_rate"})]) == 0
+    assert "as allow_change says: learning_rate: 0.01 -> 0.002" in capsys.readouterr().err
+    assert [row["lr"] for row in read_metrics(folder) if "lr" in row] == [0.01, 0.01, 0.002, 0.002]
+
+
+@pytest.mark.reliability("R8")
+def test_a_run_whose_checkpoints_are_all_damaged_may_begin_again(
+    base_settings: Settings, run_training: Go, capsys: pytest.CaptureFixture[str], read_state: State
+) -> None:
+    folder = run_training("run", max_train_steps=2)
+    before, metrics = read_state(folder, 2), (folder / "metrics.jsonl").read_text().count('"loss"')
+    (folder / "checkpoint-2" / "manifest.json").unlink()
+    again = base_settings | {"output_dir": folder, "max_train_steps": 2, "beta": 100.0, "resume_from_checkpoint": "latest"}
+    assert cli.main(["train", *flags(again)]) == 2
+    assert "with --restart true" in last_line(capsys.readouterr().err)
+    assert cli.main(["train", *flags(again | {"restart": True})]) == 0
+    assert_same(read_state(folder, 2), before)
+    assert (folder / "metrics.jsonl").read_text().count('"loss"') == metrics == 2
 
 
 def test_a_learning_rate_beyond_reason_ends_with_code_three(
