@@ -38,8 +38,8 @@ class UserLora(nn.Module):
     def __init__(self, name: str, layer: nn.Linear | nn.Conv2d, width: int, rank: int, seed: int, shown: Shown) -> None:
         super().__init__()
         self.name, self.shown = name, shown
-        self.down: nn.Module
-        self.up: nn.Module
+        self.down: nn.Linear | nn.Conv2d
+        self.up: nn.Linear | nn.Conv2d
         if isinstance(layer, nn.Conv2d):
             how: dict[str, Any] = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation}
             self.down = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, bias=False, **how)  # type: ignore[arg-type]
@@ -54,16 +54,25 @@ class UserLora(nn.Module):
         nn.init.normal_(self.gate.weight, std=width**-0.5, generator=draws)
         nn.init.zeros_(self.up.weight)
 
+    @property
+    def _directions(self) -> Tensor:
+        """The weight of `up` (C, r)."""
+        return self.up.weight.flatten(1)
+
     def add_to(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
         """A forward hook: what the layer gives (B, ..., C) or (B, C, h, w), with the user's update."""
         user = self.shown.user
         if user is None or user.scale == 0:
             return output
-        inner = self.down(inputs[0])
+        inner = self.down(inputs[0])  # (B, ..., r) or (B, r, h, w)
         gate = self._gate(user).repeat_interleave(len(inner) // len(user.tokens), 0).to(inner.dtype)  # (B, r)
-        one = [1] * (inner.ndim - 2)
-        gate = gate.view(len(gate), -1, *one) if isinstance(self.down, nn.Conv2d) else gate.view(len(gate), *one, -1)
-        return torch.add(output, self.up(gate * inner), alpha=user.scale)
+        if isinstance(self.down, nn.Conv2d):
+            inner, weight = (gate[:, :, None, None] * inner).flatten(2), self._directions.expand(len(inner), -1, -1)
+            # product and sum in one pass over the output, which is most of what an update costs
+            return torch.baddbmm(output.flatten(2), weight.to(inner), inner, alpha=user.scale).view_as(output)
+        inner, weight = (gate.view(len(gate), *[1] * (inner.ndim - 2), -1) * inner).flatten(1, -2), self._directions.T
+        flat = output.reshape(len(output), -1, output.shape[-1])
+        return torch.baddbmm(flat, inner, weight.to(inner).expand(len(inner), -1, -1), alpha=user.scale).view_as(output)
 
     def _gate(self, user: UserStates) -> Tensor:
         """Factors (b, r), summed over users; kept with the keys and values of a sampling run."""

@@ -69,6 +69,19 @@ def test_an_update_is_what_the_equation_says(unet: UNet2DConditionModel) -> None
     torch.testing.assert_close(out, wanted.mT, atol=1e-5, rtol=1e-5)
 
 
+def test_an_update_of_a_convolution_is_one_of_its_kernel(unet: UNet2DConditionModel) -> None:
+    filled(unet)
+    update = next(u for name, u in user_updates(unet).items() if name.endswith("resnets.0.conv1"))
+    layer = unet.get_submodule(update.name)
+    x, told = torch.randn(2, layer.in_channels, 6, 5), tokens(1)
+    with user_shown(unet, UserStates(told[:, None], scale=0.5)), torch.no_grad():
+        gate = update.gate(told[0].sum(0) / 3**0.5)
+        kernel = layer.weight + 0.5 * torch.einsum("or,r,rixy->oixy", update.up.weight[:, :, 0, 0], gate, update.down.weight)
+        wanted = nn.functional.conv2d(x, kernel, layer.bias, layer.stride, layer.padding)
+        torch.testing.assert_close(layer(x), wanted, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_mixing_users_and_the_order_of_tokens(unet: UNet2DConditionModel) -> None:
     filled(unet)
     two, share = torch.stack([tokens(1)[0], tokens(1, seed=5)[0]])[None], torch.tensor([0.3, 0.7])
