@@ -56,8 +56,6 @@ def new_port(settings: Conditioning, config: TrainConfig, pairs: PairDataset, he
     for name in ("merge_lora", "rank", "lora_alpha", "lora_targets", "use_dora", "use_rslora"):
         if settings.user_tune == "user" and (value := getattr(config, name)) != getattr(TrainConfig, name):
             raise ValueError(f"{name} is {value}, but user_tune is user, which trains no LoRA; leave {name} out or use user_tune user_lora")
-    if config.compile and settings.user_rank:
-        raise ValueError(f"compile is true, but user_rank is {settings.user_rank}, whose updates change with every batch; leave one out")
     if isinstance(settings, AxesConditioning):
         return AxesPort(settings, config.seed, pairs)
     port = UserPort.choose(settings, config.seed, pairs, say)

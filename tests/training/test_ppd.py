@@ -222,7 +222,7 @@ def test_mcdpo_trains(user_pairs: str, run_training: Go, read_metrics: Any, sd_f
         ("ppd", {}, {"train_text_encoder": True}, "train_text_encoder"),
         ("ppd", {}, {"merge_lora": True}, "merge_lora"),
         ("ppd", {}, {"rank": 4}, "rank is 4, but user_tune is user"),
-        ("ppd", {"user_rank": 2}, {"compile": True}, "compile is true, but user_rank is 2"),
+        ("ppd", {"user_rank": 2}, {"compile": True}, "compile is true, but method ppd has a user branch"),
         ("ppd", {"num_examples": 9}, {}, "lower num_examples"),
         ("ppd", {"held_out_users": 3}, {}, "no user is left"),
         ("mcdpo", {"axes": ("depth",)}, {}, "the data has scores: "),
