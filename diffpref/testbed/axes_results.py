@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,10 +31,8 @@ from diffpref.testbed.recipe import read_recipe
 from diffpref.testbed.reward import qualities
 from diffpref.testbed.sampling import BATCH, GUIDANCE, STEPS, Sampler
 from diffpref.testbed.users import AXES, WEIGHTS, Candidates, write_user_pairs
-from diffpref.training.align import align
-from diffpref.training.config import TrainConfig
-from diffpref.training.objective import build_objective, objective_names
-from diffpref.training.settings import build, names_of
+from diffpref.testbed.users_results import train_once
+from diffpref.training.settings import Settings
 
 ENDS = {axis: tastes[0] for axis, tastes in AXES.items()}
 """The quality that stands for each axis: more of it is its first taste, less its second."""
@@ -70,7 +67,8 @@ def run_axes(config: AxesConfig) -> None:
         table = with_axes(pq.read_table(out / "pairs" / "seen" / "train.parquet"))
         data.mkdir()
         pq.write_table(table, data / "train.parquet", compression="zstd")
-    settings = _train(config, data, out / "mcdpo")
+    settings = settings_of(config)
+    train_once(settings, data, out / "mcdpo")
     texts, seeds = draw_prompts("test", config.num_prompts).texts, seeds_for(config.num_prompts)
     result = {
         "date": time.strftime("%Y-%m-%d"),
@@ -94,21 +92,12 @@ def with_axes(table: pa.Table) -> pa.Table:
     return table
 
 
-def _train(config: AxesConfig, data: Path, folder: Path) -> dict[str, Any]:
-    """Train unless an earlier call did with the same settings, which are returned."""
+def settings_of(config: AxesConfig) -> Settings:
+    """The recipe with what this command changes; without places on this machine."""
     recipe = read_recipe("mcdpo") | {"seed": 0, "held_out_pairs": 0, "validation_steps": None, "merge_lora": False, "split": "train"}
     recipe |= {"max_train_steps": config.max_train_steps} if config.max_train_steps else {}
     for place in ("pretrained_model_name_or_path", "train_data_dir"):
         recipe.pop(place)
-    note = folder / "trained_with.json"
-    if note.exists() and json.loads(note.read_text()) == json.loads(json.dumps(recipe)):
-        return recipe
-    shutil.rmtree(folder, ignore_errors=True)
-    own = objective_names(recipe["method"])
-    objective = build_objective(recipe["method"], {k: v for k, v in recipe.items() if k in own})
-    places = {"pretrained_model_name_or_path": str(asset("testbed", "pipeline")), "train_data_dir": str(data), "output_dir": str(folder)}
-    align(build(TrainConfig, {k: v for k, v in (recipe | places).items() if k in names_of(TrainConfig)}), objective)
-    note.write_text(json.dumps(recipe))
     return recipe
 
 

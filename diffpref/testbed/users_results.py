@@ -141,22 +141,23 @@ def settings_of(config: UsersConfig, name: str) -> Settings:
 def train_one(config: UsersConfig, name: str) -> str:
     """Train a model unless an earlier call did with the same settings."""
     out, settings = Path(config.out), settings_of(config, name)
-    folder, note = out / name, out / f"{name}.json"
-    if note.exists() and json.loads(note.read_text())["settings"] == json.loads(json.dumps(settings)):
-        return name
-    shutil.rmtree(folder, ignore_errors=True)
     data = name.removeprefix("separate-") if name.startswith("separate") else "seen"
-    places = {
-        "pretrained_model_name_or_path": str(asset("testbed", "pipeline")),
-        "train_data_dir": str(out / "pairs" / data),
-        "output_dir": str(folder),
-    }
+    train_once(settings, out / "pairs" / data, out / name)
+    return name
+
+
+def train_once(settings: Settings, data: Path, folder: Path) -> None:
+    """Train the testbed's model on the pairs in `data` unless <folder>.json says that an earlier call did with the same settings."""
+    note = folder.with_name(f"{folder.name}.json")
+    if note.exists() and json.loads(note.read_text())["settings"] == json.loads(json.dumps(settings)):
+        return
+    shutil.rmtree(folder, ignore_errors=True)
+    places = {"pretrained_model_name_or_path": str(asset("testbed", "pipeline")), "train_data_dir": str(data), "output_dir": str(folder)}
     own = objective_names(settings["method"])
     objective = build_objective(settings["method"], {k: v for k, v in settings.items() if k in own})
     start = time.process_time()
     align(build(TrainConfig, {k: v for k, v in (settings | places).items() if k in names_of(TrainConfig)}), objective)
     note.write_text(json.dumps({"settings": settings, "cpu_seconds": time.process_time() - start}))
-    return name
 
 
 def draw_one(config: UsersConfig, name: str) -> str:
