@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from diffpref.training.config import TrainConfig
-from diffpref.training.optimizers import Adafactor, AdamW
+from diffpref.training.optimizers import Rounding, adafactor, adamw
 
 _PACKAGES = {"adamw_8bit": "bitsandbytes", "adamw_4bit": "torchao", "prodigy": "prodigyopt", "schedule_free": "schedulefree"}
 """What an optimizer needs beside torch and transformers."""
@@ -62,9 +62,9 @@ def new_optimizer(config: TrainConfig, trainable: Iterable[Tensor], rate: float)
     common: dict[str, Any] = {"lr": rate, "weight_decay": config.adam_weight_decay}
     adam = common | {"betas": (config.adam_beta1, config.adam_beta2), "eps": config.adam_epsilon}
     if config.optimizer == "adafactor":  # the rate is ours, as in the published SDXL runs
-        return Adafactor(trainable, config.seed, **common)
+        return Rounding(trainable, adafactor, config.seed, **common)
     if config.optimizer == "adamw" and config.base_dtype != "fp32" and config.tune == "full":
-        return AdamW(trainable, config.seed, **adam)
+        return Rounding(trainable, adamw, config.seed, **adam)
     if config.optimizer == "adamw":
         return torch.optim.AdamW(trainable, fused=True, **adam)
     package = _package(config.optimizer)

@@ -14,7 +14,7 @@ V is kept as its means over the rows and columns of a matrix, R and C: V = R C /
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -23,6 +23,8 @@ from torch import Tensor
 from diffpref.core.random import derived
 
 State = dict[str, Any]
+Change = Callable[[Tensor, Tensor, State, State], None]
+"""(float32 weight, float32 gradient, state of the weight, settings of its group): alters the weight and its state."""
 FLOOR = 1e-30
 """Added to squared gradients by Adafactor."""
 
@@ -35,16 +37,12 @@ def rounded(x: Tensor, draw: torch.Generator) -> Tensor:
     return torch.where(x.isfinite(), up_or_down, x).to(torch.bfloat16)
 
 
-class _Rounding(torch.optim.Optimizer):
+class Rounding(torch.optim.Optimizer):
     """One step: every weight as float32 to `change`, which alters it in place, and back to its own type."""
 
-    def __init__(self, weights: Iterable[Tensor], seed: int, **defaults: Any) -> None:
+    def __init__(self, weights: Iterable[Tensor], change: Change, seed: int, **defaults: Any) -> None:
         super().__init__(weights, defaults)
-        self.seed = seed
-
-    def change(self, weight: Tensor, gradient: Tensor, state: State, group: State) -> None:
-        """Alter a float32 weight and its state by a float32 gradient."""
-        raise NotImplementedError
+        self.change, self.seed = change, seed
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
@@ -66,40 +64,37 @@ class _Rounding(torch.optim.Optimizer):
                     p.copy_(rounded(weight, draws[p.device]))
 
 
-class AdamW(_Rounding):
-    """torch's AdamW with float32 moments whatever the weights are."""
-
-    def change(self, weight: Tensor, gradient: Tensor, state: State, group: State) -> None:
-        """As torch does it."""
-        if "exp_avg" not in state:
-            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-        mean, square, (first, second) = state["exp_avg"], state["exp_avg_sq"], group["betas"]
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
-        mean.lerp_(gradient, 1 - first)
-        square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
-        root = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
-        weight.addcdiv_(mean, root, value=-group["lr"] / (1 - first ** state["step"]))
+def adamw(weight: Tensor, gradient: Tensor, state: State, group: State) -> None:
+    """As torch does it, with float32 moments whatever the weights are."""
+    if "exp_avg" not in state:
+        state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
+    mean, square, (first, second) = state["exp_avg"], state["exp_avg_sq"], group["betas"]
+    weight.mul_(1 - group["lr"] * group["weight_decay"])
+    mean.lerp_(gradient, 1 - first)
+    square.mul_(second).addcmul_(gradient, gradient, value=1 - second)
+    root = (square / (1 - second ** state["step"])).sqrt_().add_(group["eps"])
+    weight.addcdiv_(mean, root, value=-group["lr"] / (1 - first ** state["step"]))
 
 
-class Adafactor(_Rounding):
-    """See above; the numbers are those of transformers' Adafactor with relative_step and scale_parameter off."""
+def adafactor(weight: Tensor, gradient: Tensor, state: State, group: State) -> None:
+    """See above; the numbers are those of transformers' Adafactor with relative_step and scale_parameter off.
 
-    def change(self, weight: Tensor, gradient: Tensor, state: State, group: State) -> None:
-        """The larger of the temporary tensors are two of the weight's size."""
-        keep = 1 - state["step"] ** -0.8
-        square = gradient.square().add_(FLOOR)
-        if gradient.ndim < 2:
-            if "exp_avg_sq" not in state:
-                state["exp_avg_sq"] = torch.zeros_like(weight)
-            update = state["exp_avg_sq"].mul_(keep).add_(square, alpha=1 - keep).rsqrt().mul_(gradient)
-        else:
-            means = {"exp_avg_sq_row": square.mean(-1), "exp_avg_sq_col": square.mean(-2)}
-            for name, x in means.items():
-                if name not in state:
-                    state[name] = torch.zeros_like(x)
-                state[name].mul_(keep).add_(x, alpha=1 - keep)
-            rows, columns = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-            scale = (rows / rows.mean(-1, keepdim=True)).rsqrt_()
-            update = torch.mul(gradient, scale.unsqueeze(-1), out=square).mul_(columns.rsqrt().unsqueeze(-2))
-        update.div_((update.norm() / update.numel() ** 0.5).clamp_(min=1.0))
-        weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])
+    The larger of the temporary tensors are two of the weight's size.
+    """
+    keep = 1 - state["step"] ** -0.8
+    square = gradient.square().add_(FLOOR)
+    if gradient.ndim < 2:
+        if "exp_avg_sq" not in state:
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        update = state["exp_avg_sq"].mul_(keep).add_(square, alpha=1 - keep).rsqrt().mul_(gradient)
+    else:
+        means = {"exp_avg_sq_row": square.mean(-1), "exp_avg_sq_col": square.mean(-2)}
+        for name, x in means.items():
+            if name not in state:
+                state[name] = torch.zeros_like(x)
+            state[name].mul_(keep).add_(x, alpha=1 - keep)
+        rows, columns = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+        scale = (rows / rows.mean(-1, keepdim=True)).rsqrt_()
+        update = torch.mul(gradient, scale.unsqueeze(-1), out=square).mul_(columns.rsqrt().unsqueeze(-2))
+    update.div_((update.norm() / update.numel() ** 0.5).clamp_(min=1.0))
+    weight.mul_(1 - group["lr"] * group["weight_decay"]).add_(update, alpha=-group["lr"])

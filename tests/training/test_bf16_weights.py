@@ -16,7 +16,7 @@ from diffpref.training.config import TrainConfig
 from diffpref.training.export import export
 from diffpref.training.loop import train
 from diffpref.training.optim import new_optimizer
-from diffpref.training.optimizers import AdamW, rounded
+from diffpref.training.optimizers import Rounding, adamw, rounded
 from diffpref.training.run import Run
 
 BF16: dict[str, Any] = {"tune": "full", "base_dtype": "bf16", "mixed_precision": "bf16"}
@@ -39,7 +39,7 @@ def test_rounding_is_right_on_average_and_exact_where_it_can_be() -> None:
 def test_adamw_is_torchs_with_float32_weights() -> None:
     ours, theirs = (nn.Parameter(torch.randn(5, 3, generator=torch.Generator().manual_seed(1))) for _ in range(2))
     options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "betas": (0.9, 0.99), "eps": 1e-8}
-    optimizers = AdamW([ours], 0, **options), torch.optim.AdamW([theirs], **options)
+    optimizers = Rounding([ours], adamw, 0, **options), torch.optim.AdamW([theirs], **options)
     for _ in range(4):
         ours.grad = torch.randn_like(ours)
         theirs.grad = ours.grad.clone()
