@@ -239,25 +239,30 @@ def _from_table(
 def _open_parquet(files: Sequence[Path], request: Request, where: str) -> tuple[Rows, Layout, str]:
     """Only the columns that are needed are copied to the cache."""
     common: dict[str, tuple[str, str | None]] = {}
+    filled = []
     for index, path in enumerate(files):
-        fields = plain_names(_footer(path))
+        footer = _footer(path)
+        fields = plain_names(footer.schema.to_arrow_schema())
         if len(files) > 1:
             request.layout(list(fields), repr(str(path)))  # names the file that differs from the others
         common = fields if index == 0 else {name: place for name, place in common.items() if fields.get(name) == place}
+        filled += [str(path)] if footer.num_rows else []
+    if not filled:
+        raise ValueError(f"{where} has 0 rows, accepted: 1 or more; check the source and the split")
     layout = request.layout(list(common), where)
     columns = list(dict.fromkeys(common[name][0] for name in layout.needed))
     cache_dir = None if request.cache_dir is None else str(request.cache_dir)
     try:
-        table = Dataset.from_parquet([str(path) for path in files], columns=columns, cache_dir=cache_dir)
+        table = Dataset.from_parquet(filled, columns=columns, cache_dir=cache_dir)  # which fails at a file without rows
     except Exception as error:
         # The builder hides the cause and the file in its own exception types.
         raise ValueError(_conversion_failure(files, columns, error)) from error
     return TableRows(table, (files[0].parent,), files_identity(files)), layout, f"parquet: {where}"
 
 
-def _footer(path: Path) -> pa.Schema:
+def _footer(path: Path) -> pq.FileMetaData:
     try:
-        return pq.read_schema(path)
+        return pq.read_metadata(path)
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"parquet file {str(path)!r} cannot be read: {error}; it is damaged or incomplete, copy it again") from error
 

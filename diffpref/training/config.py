@@ -287,6 +287,11 @@ class TrainConfig:
         """The folder or hub id of the pairs."""
         return self.train_data_dir or self.dataset_name
 
+    @property
+    def named_data(self) -> str:
+        """The setting that names the pairs, with its value, to begin an error with."""
+        return f"{'train_data_dir' if self.train_data_dir else 'dataset_name'} {self.data_source!r}"
+
 
 _AT_LEAST = {
     "rank": 1,

@@ -27,8 +27,7 @@ def load_run_pairs(config: TrainConfig, is_main: bool, grouping: Grouping = "pai
         head, _, table = str(error).partition("\n")
         if is_main and table:
             print(table, file=sys.stderr)
-        name = "train_data_dir" if config.train_data_dir else "dataset_name"
-        raise ValueError(f"{name} {config.data_source!r}: {head.removesuffix(':')}") from error
+        raise ValueError(f"{config.named_data}: {head.removesuffix(':')}") from error
     if is_main:
         what = {"drop": "dropped", "keep": "kept as probability 0.5", "error": "refused"}[config.tie_policy]
         other = f", {pairs.left_out} pairs of other models left out" if config.dreamlike_pairs_only else ""

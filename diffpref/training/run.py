@@ -350,7 +350,7 @@ def restore(resume: Path | None, folder: Path, state: TrainingState, config: Tra
             f"{numbers['pairs_per_update']} pairs per update; choose them so that the product stays"
         )
     if numbers["data"] != data:
-        raise ValueError(f"{config.data_source!r} holds other pairs than the checkpoint was trained on; bring back the data, or start anew")
+        raise ValueError(f"{config.named_data} holds other pairs than the checkpoint was trained on; bring back the data, or start anew")
     state.restore(tensors, numbers)
     if accelerator.is_main_process:
         checkpoint.drop_best_after(folder, int(numbers["step"]))

@@ -10,6 +10,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from datasets import Dataset, DatasetDict
 from PIL import Image
@@ -237,11 +238,16 @@ def test_one_label_column_is_enough(load: Any, make_columns: Any) -> None:
 
 
 @pytest.mark.reliability("D9")
-def test_zero_rows_and_one_row(load: Any, make_columns: Any, write_parquet: Any) -> None:
+def test_zero_rows_and_one_row(load: Any, make_columns: Any, write_parquet: Any, tmp_path: Path) -> None:
     assert len(load(write_parquet(make_columns(1), "one.parquet"))) == 1
     empty = pa.table(make_columns(1)).slice(0, 0)
     with pytest.raises(BadRowsError, match="0 rows"):
         load(empty)
+    pq.write_table(empty, tmp_path / "train-1.parquet")
+    with pytest.raises(ValueError, match=r"train-1\.parquet' has 0 rows"):
+        load(tmp_path / "train-1.parquet")
+    write_parquet(make_columns(2), "train-0.parquet")
+    assert len(load(tmp_path, split="train")) == 2
 
 
 @pytest.mark.reliability("D13")
