@@ -1,14 +1,15 @@
 """Latents and prompts that were encoded once, in a folder that many runs read.
 
     manifest.json                     what made them; a run compares it with its own settings
-    latents-<checksum>.safetensors    moments (n, F, 2, C, h, w): mean and deviation; time_ids (n, F, 6); key (n, 2). F = 2 has mirrored
-                                      pictures too. All pictures of a file have one shape
-    prompts-<checksum>.safetensors    the fields of Conditioning (n, ...); key (n, 2)
+    latents-<checksum>.safetensors    moments (n, F, 2, C, h, w): mean and deviation; time_ids (n, F, 6); key (n, 2); sum (n, F).
+                                      F = 2 has mirrored pictures too. All pictures of a file have one shape
+    prompts-<checksum>.safetensors    the fields of Conditioning (n, ...); key (n, 2); sum (n, 1)
     index.safetensors                 in which file and row each picture of each pair lies; written last: with it a folder is complete
 
 A picture is stored once per content and shape, a prompt once per text, however often they occur. A file is named after the checksum
 of its bytes, so that files of an interrupted build can be trusted and kept. Files are mapped into memory: opening a folder reads its
-index, and the pages that a batch touches can be dropped again.
+index, and the pages that a batch touches can be dropped again. What is read is compared with its own CRC-32 each time: reading a
+whole folder to find a flipped bit would take longer than many a training.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -30,7 +32,7 @@ from torch import Tensor
 from diffpref.core.types import Conditioning
 
 MANIFEST, INDEX = "manifest.json", "index.safetensors"
-VERSION = 1
+VERSION = 2
 LATENTS, PROMPTS = "latents", "prompts"
 
 Key = bytes  # 16 bytes of BLAKE2
@@ -63,11 +65,27 @@ def prompt_key(prompt: str) -> Key:
 def write_shard(folder: Path, kind: str, keys: Sequence[Key], tensors: Mapping[str, Tensor]) -> str:
     """Write n rows under their keys, complete or not at all; returns the name of the file. Raises OSError."""
     hidden = folder / f".{kind}-{os.getpid()}.part"
-    save_file({"key": as_int64(keys), **{name: x.contiguous() for name, x in tensors.items()}}, hidden)
+    entries = {name: x.contiguous() for name, x in tensors.items()}
+    save_file({"key": as_int64(keys), "sum": _sums(kind, entries), **entries}, hidden)
     hidden.chmod(0o644)  # safetensors makes files that nobody else can read
     name = f"{kind}-{checksum(hidden)}.safetensors"
     hidden.replace(folder / name)
     return name
+
+
+def _sums(kind: str, tensors: Mapping[str, Tensor]) -> Tensor:
+    """CRC-32 of each row, for latents of each view of it: (n, F) or (n, 1) int64."""
+    rows = [list(x.flatten(0, 1) if kind == LATENTS else x) for _, x in sorted(tensors.items())]
+    views = next(iter(tensors.values())).shape[1] if kind == LATENTS else 1
+    return torch.tensor([_crc(parts) for parts in zip(*rows, strict=True)]).reshape(-1, views)
+
+
+def _crc(parts: Iterable[Tensor]) -> int:
+    """CRC-32 of the bytes of tensors, one after the other."""
+    found = 0
+    for part in parts:
+        found = zlib.crc32(part.contiguous().view(torch.uint8).numpy().tobytes(), found)
+    return found
 
 
 def checksum(path: Path) -> str:
@@ -85,9 +103,22 @@ def stored(folder: Path, kind: str) -> dict[Key, tuple[str, int]]:
     return found
 
 
-def damaged(folder: Path) -> list[str]:
-    """Files whose bytes are not those that were written."""
-    return [p.name for p in sorted(folder.glob("*-*.safetensors")) if p.stem.partition("-")[2] != checksum(p)]
+def damaged(folder: Path, check_sums: bool = True) -> list[str]:
+    """Files whose bytes are not those that were written; without check_sums only those that are cut short, which costs next to nothing."""
+    is_bad = _has_changed if check_sums else _is_cut
+    return [path.name for path in sorted(folder.glob("*-*.safetensors")) if is_bad(path)]
+
+
+def _has_changed(path: Path) -> bool:
+    return path.stem.partition("-")[2] != checksum(path)
+
+
+def _is_cut(path: Path) -> bool:
+    try:
+        with safe_open(path, "pt"):
+            return False
+    except SafetensorError:
+        return True
 
 
 def write_index(folder: Path, pictures: Mapping[Key, Key]) -> None:
@@ -175,22 +206,36 @@ class LatentStore:
         return cls(folder, manifest, [name for name, _ in listed], pictures, prompts)
 
     def moments(self, places: np.ndarray, views: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Moments (n, 2, C, h, w) and time_ids (n, 6), both float32, of n pictures of one shape at `places` (n, 2)."""
-        rows = list(zip(places.tolist(), views, strict=True))
-        moments, time_ids = ([self._tensor(f, name)[row, view] for (f, row), view in rows] for name in ("moments", "time_ids"))
-        return torch.stack(moments).float(), torch.stack(time_ids)
+        """Moments (n, 2, C, h, w) and time_ids (n, 6), both float32, of n pictures of one shape at `places` (n, 2).
+
+        Raises ValueError when they are not what was written.
+        """
+        rows = [self._row(file, ("moments", "time_ids"), row, view) for (file, row), view in zip(places.tolist(), views, strict=True)]
+        return torch.stack([moments for moments, _ in rows]).float(), torch.stack([time_ids for _, time_ids in rows])
 
     def content(self, place: Sequence[int]) -> Key:
         """Content key of the picture at a place."""
         return _as_bytes(self._tensor(int(place[0]), "key")[int(place[1])][None])[0]
 
     def prompt(self, prompt: str) -> Conditioning:
-        """The encoded prompt, (1, 1, ...). Raises ValueError when it is not there."""
+        """The encoded prompt, (1, 1, ...). Raises ValueError when it is not there, or not what was written."""
         ((file, row),) = self.prompts.find([prompt_key(prompt)]).tolist()
         if file < 0:
             raise ValueError(f"latent_cache {str(self.folder)!r} lacks the prompt {prompt!r}; {ADD}")
-        with_field = self.manifest["prompt_fields"]
-        return Conditioning(**{name: self._tensor(file, name)[row][None, None] for name in with_field})
+        names = sorted(self.manifest["prompt_fields"])
+        return Conditioning(**{name: x[None, None] for name, x in zip(names, self._row(file, names, row), strict=True)})
+
+    def _row(self, file: int, names: Sequence[str], row: int, view: int | None = None) -> list[Tensor]:
+        """A row of tensors of a file, whose names are in order, or a view of it, compared with its sum."""
+        found = [self._tensor(file, name)[row] for name in names]
+        if view is not None:
+            found = [x[view] for x in found]
+        if _crc(found) != int(self._tensor(file, "sum")[row, view or 0]):
+            raise ValueError(
+                f"latent_cache {str(self.folder)!r}: {self.files[file]} is damaged at row {row}; mend it: diffpref cache with the "
+                "settings of this run and --check_sums true"
+            )
+        return found
 
     def _tensor(self, file: int, name: str) -> Tensor:
         """A tensor of a file, whose pages are read when they are touched."""

@@ -102,7 +102,7 @@ def _prepare_folder(folder: Path, manifest: dict[str, Any], check_sums: bool, ac
             lock = FileLock(folder / ".lock")
             lock.acquire(timeout=0)
             _claim(folder, manifest)
-            for name in cache.damaged(folder) if check_sums else []:
+            for name in cache.damaged(folder, check_sums):
                 print(f"{name} has changed since it was written: made again", file=sys.stderr)
                 (folder / name).unlink()
         except Timeout:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -249,7 +250,16 @@ def test_damage_is_found_and_mended(make_cache: Callable[..., Path], capsys: pyt
     latents.write_bytes(good[:-8])
     with pytest.raises(ValueError, match=r"is missing or does not have its \d+ bytes"):
         LatentStore.open(folder)
-    latents.write_bytes(good[:-8] + b"\0" * 8)
+    flipped = bytearray(good)
+    latents.write_bytes(good)
+    moments = load_file(latents)["moments"][2, 0].contiguous()
+    flipped[good.index(moments.view(torch.uint8).numpy().tobytes()) + 100] ^= 1
+    latents.write_bytes(flipped)
+    store = LatentStore.open(folder)
+    places = np.array([[0, row] for row in range(5)])
+    assert len(store.moments(places[[0, 1, 3, 4]], [0] * 4)[0]) == 4
+    with pytest.raises(ValueError, match=r"latents-\w+\.safetensors is damaged at row 2; mend it: diffpref cache.*--check_sums true"):
+        store.moments(places, [0] * 5)
     assert cache.damaged(folder) == [latents.name]
     make_cache("cache", CacheConfig(check_sums=True))
     assert latents.name in capsys.readouterr().err
