@@ -197,11 +197,12 @@ def find_checkpoint(run_folder: Path, wanted: str, restart: bool = False) -> tup
 
 
 def load_checkpoint(folder: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """(tensors by part, state). Raises ValueError for another format version."""
+    """(tensors by part, state) of the files in the manifest; others beside them are not looked at. Raises ValueError for another format."""
     state = json.loads((folder / "trainer_state.json").read_text())
     if state.get("format") != FORMAT:
         raise ValueError(f"{folder} has checkpoint format {state.get('format')}; this version reads format {FORMAT}")
-    return {p.stem: load_file(p) for p in sorted(folder.glob("*.safetensors"))}, state
+    listed = sorted(name for name in json.loads((folder / _MANIFEST).read_text()) if name.endswith(".safetensors"))
+    return {name.removesuffix(".safetensors"): load_file(folder / name) for name in listed}, state
 
 
 def optimizer_tensors(named: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
