@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import re
 import resource
 import shutil
-import struct
 import time
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from diffpref.models.files import read_shapes
 from diffpref.training import checkpoint
 from diffpref.training.run_folder import check_links
 from diffpref.training.settings import read_yaml
+from tests.hostile_files import HOSTILE_SAFETENSORS, HOSTILE_YAML, Canary, hostile_safetensors
 from tests.test_architecture import Checker, is_true, problems_in, python_files, text_files
 
 CODE_FROM_TEXT = {"eval", "exec", "compile", "os.system", "os.popen", "builtins.eval", "builtins.exec"}
@@ -120,16 +119,6 @@ def test_rule_lets_good_code_pass(check: Checker, path: str, source: str) -> Non
     assert not check(source, path)
 
 
-class Canary:
-    """Creates a file when it is unpickled."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.mkdir, (str(self.path),)
-
-
 def flags(**settings: Any) -> list[str]:
     """As command line."""
     return [word for name, value in settings.items() for word in (f"--{name}", str(value))]
@@ -216,35 +205,13 @@ def test_code_beside_a_model_is_never_run(
     assert not (tmp_path / "canary").exists()
 
 
-def header(content: Any, size: int | None = None, body: bytes = b"") -> bytes:
-    """A safetensors file with any header and any claim about its length."""
-    text = content if isinstance(content, bytes) else json.dumps(content).encode()
-    return struct.pack("<Q", len(text) if size is None else size) + text + body
-
-
-F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
-HOSTILE = {
-    "empty": b"",
-    "huge header": header({"a": F32}, 2**62, bytes(8)),
-    "long header": header({"a": F32}, 200_000_000, bytes(8)),
-    "no JSON": header(b"{" * 1000),
-    "overlap": header({"a": F32, "b": F32 | {"data_offsets": [4, 12]}}, body=bytes(12)),
-    "out of range": header({"a": F32 | {"data_offsets": [0, 8_000_000]}}, body=bytes(8)),
-    "shape lies": header({"a": F32 | {"shape": [2**40, 2**40]}}, body=bytes(8)),
-    "unknown dtype": header({"a": F32 | {"dtype": "OBJECT"}}, body=bytes(8)),
-    "names of paths": header({"../../canary": F32, "/canary": F32 | {"data_offsets": [8, 16]}}, body=bytes(16)),
-    "a million tensors": None,
-    "negative": header({"a": F32 | {"data_offsets": [-8, 0]}}, body=bytes(8)),
-}
-
-
 @pytest.mark.reliability("S2")
-@pytest.mark.parametrize("case", HOSTILE)
+@pytest.mark.parametrize("case", HOSTILE_SAFETENSORS)
 def test_hostile_safetensors_end_with_one_line(
     case: str, common: dict[str, Any], sd_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "weights.safetensors"
-    path.write_bytes(HOSTILE[case] or a_million_tensors())
+    path.write_bytes(hostile_safetensors(case))
     before, begun = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     if case != "names of paths":  # which are names like others
         with pytest.raises(ValueError, match=str(path)):
@@ -258,28 +225,8 @@ def test_hostile_safetensors_end_with_one_line(
     assert not (tmp_path / "run").exists()
 
 
-def a_million_tensors() -> bytes:
-    """Of no elements each: a file of 60 MB that is a header."""
-    entry = '{"dtype":"F32","shape":[0],"data_offsets":[0,0]}'
-    text = "{" + ",".join(f'"{i}":{entry}' for i in range(1_000_000)) + "}"
-    return header(text.encode(), body=bytes(16))
-
-
 @pytest.mark.reliability("S6")
-@pytest.mark.parametrize(
-    "text",
-    [
-        "seed: !!python/object/apply:os.mkdir [canary]",
-        "a: &a [x, x]\nseed: [*a, *a]",
-        "seed: " + "[" * 20_000,
-        "seed: " + "{a: " * 5_000,
-        "x" * 200_000,
-        "seed: 2020-99-99",
-        "? [a]\n: b",
-        "\x00",
-    ],
-    ids=["object", "alias", "deep list", "deep mapping", "large", "no date", "list as key", "null"],
-)
+@pytest.mark.parametrize("text", HOSTILE_YAML.values(), ids=HOSTILE_YAML)
 def test_hostile_yaml_is_refused(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "run.yaml").write_text(text)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gzip
-import io
-import json
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,7 @@ import pytest
 
 from diffpref.data import archives
 from diffpref.data.scan import BadRowsError
+from tests.hostile_files import write_tar
 
 Pack = Callable[..., Path]
 
@@ -22,21 +21,7 @@ Pack = Callable[..., Path]
 def pack(tmp_path: Path) -> Pack:
     """pack(name, {member: bytes, text, object or TarInfo}) -> the archive."""
 
-    def write(name: str, members: dict[str, Any]) -> Path:
-        path = tmp_path / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(path, "w") as archive:
-            for member, content in members.items():
-                if isinstance(content, tarfile.TarInfo):
-                    archive.addfile(content)
-                    continue
-                data = content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode()
-                info = tarfile.TarInfo(member.split("|")[0])
-                info.size = len(data)
-                archive.addfile(info, io.BytesIO(data))
-        return path
-
-    return write
+    return lambda name, members: write_tar(tmp_path / name, members)
 
 
 @pytest.fixture

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import math
 import resource
-import struct
-import zlib
 from fractions import Fraction
 from typing import Any
 
@@ -15,20 +13,11 @@ import torch
 from PIL import Image, ImageFile, PngImagePlugin
 
 from diffpref.data.images import ImageError, ImageLimits, decode_image, image_size, prepare_images
+from tests.hostile_files import png_with_header, text_bomb
 
 
 def _noise(height: int, width: int, seed: int = 0) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def _chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def _png(width: int, height: int, *extra: bytes) -> bytes:
-    """A grey PNG with any header; its pixel data is a stub, which a check of the header never reaches."""
-    header = _chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + b"".join(extra) + _chunk(b"IDAT", zlib.compress(b"\0" * 64)) + _chunk(b"IEND", b"")
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
@@ -92,7 +81,7 @@ def test_bombs_are_refused_before_decoding(encode: Any) -> None:
 @pytest.mark.reliability("D3")
 def test_headers_beyond_the_limits_are_refused(width: int, height: int, message: str) -> None:
     with pytest.raises(ImageError, match=message):
-        decode_image(_png(width, height))
+        decode_image(png_with_header(width, height))
 
 
 def test_limits_are_settable(encode: Any) -> None:
@@ -113,9 +102,8 @@ def test_animations_are_refused(encode: Any, kind: str) -> None:
 
 @pytest.mark.reliability("D3")
 def test_text_chunk_bomb_is_refused() -> None:
-    text = _chunk(b"zTXt", b"Comment\0\0" + zlib.compress(bytes(100_000_000), 1))
     with pytest.raises(ImageError, match="broken header"):
-        decode_image(_png(8, 8, text))
+        decode_image(text_bomb())
 
 
 def test_a_process_that_allows_truncated_images_is_stopped(encode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -235,7 +223,7 @@ def test_the_orientation_of_a_png_may_come_behind_its_pixels(encode: Any) -> Non
 
 
 def test_a_header_that_is_refused_has_no_size(encode: Any) -> None:
-    for data in (b"", b"no image", encode(1, "GIF"), _png(100_001, 1), encode(1)[:20]):
+    for data in (b"", b"no image", encode(1, "GIF"), png_with_header(100_001, 1), encode(1)[:20]):
         with pytest.raises(ImageError):
             image_size(data)
 

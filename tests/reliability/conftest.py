@@ -36,6 +36,12 @@ def settings(sd_folder: Path, pairs_file: Path, table_cache: Path) -> dict[str, 
 
 
 @pytest.fixture(scope="session")
+def rows(pair_columns: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """The pairs that the runs learn from, one by one."""
+    return [dict(zip(pair_columns, values, strict=True)) for values in zip(*pair_columns.values(), strict=True)]
+
+
+@pytest.fixture(scope="session")
 def make_trainer(settings: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Trainer]:
     """make_trainer(**settings) -> our trainer."""
 

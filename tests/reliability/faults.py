@@ -1,8 +1,8 @@
 """Faults that come from outside: a training process is started with a list of them, and its code knows nothing of it.
 
 Most hang on Python's audit events, which the interpreter raises for files and folders: `Fault("SIGKILL", "os.rename", "tmp-")`
-kills the process at the moment in which it renames the first path that the pattern is found in. Two events are ours: "fsync",
-and "backward", the backward pass of any loss.
+kills the process at the moment in which it renames the first path that the pattern is found in. Four events are ours: "fsync";
+"backward", the backward pass of any loss; "update", a step of AdamW; and "denoise", an evaluation of any UNet.
 
     python tests/reliability/faults.py FAULTS train.py --setting value ...
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import functools
 import json
 import multiprocessing
 import os
@@ -32,7 +33,9 @@ class Fault:
     """What happens at the `count`-th event in whose paths the pattern `match` is found; at every one from there on if `lasting`."""
 
     what: str
-    """A signal, an errno such as ENOSPC that the operation fails with, or one of nan, oom, exit, hang."""
+    """A signal, an errno such as ENOSPC that the operation fails with, or one of nan, oom, exit, hang.
+
+    nan spoils the loss of a backward pass and a weight after an update; the fault of denoise is 1 % in its result."""
     event: str
     match: str = ""
     count: int = 1
@@ -66,15 +69,24 @@ def install(faults: Sequence[Fault]) -> None:
             for fault in due(event, " ".join(os.fsdecode(a) for a in args if isinstance(a, str | bytes | os.PathLike))):
                 act(fault)
 
-    watched = {fault.event for fault in mine} - {"fsync", "backward"}
+    events = {fault.event for fault in mine}
+    watched = events - {"fsync", "backward", "update", "denoise"}
     if watched:
         sys.addaudithook(hook)
-    if any(fault.event == "fsync" for fault in mine):
+    if "fsync" in events:
         os.fsync = _before(os.fsync, due, "fsync")
-    if any(fault.event == "backward" for fault in mine):
+    if "backward" in events:
         import torch
 
         torch.Tensor.backward = _before(torch.Tensor.backward, due, "backward")  # type: ignore[method-assign]
+    if "update" in events:
+        from torch.optim import AdamW
+
+        AdamW.step = _after(AdamW.step, due, "update", _spoil_a_weight)  # type: ignore[method-assign]
+    if "denoise" in events:
+        from diffusers import UNet2DConditionModel
+
+        UNet2DConditionModel.forward = _after(UNet2DConditionModel.forward, due, "denoise", _spoil_a_result)  # type: ignore[method-assign]
 
 
 def _before(call: Callable[..., Any], due: Callable[[str, str], list[Fault]], event: str) -> Callable[..., Any]:
@@ -87,6 +99,25 @@ def _before(call: Callable[..., Any], due: Callable[[str, str], list[Fault]], ev
         return call(*args, **options)
 
     return wrapped
+
+
+def _after(call: Callable[..., Any], due: Callable[[str, str], list[Fault]], event: str, spoil: Callable[..., None]) -> Callable[..., Any]:
+    @functools.wraps(call)
+    def wrapped(self: Any, *args: Any, **options: Any) -> Any:
+        result = call(self, *args, **options)
+        if due(event, ""):
+            spoil(self, result)
+        return result
+
+    return wrapped
+
+
+def _spoil_a_weight(optimizer: Any, result: Any) -> None:
+    optimizer.param_groups[0]["params"][0].data.view(-1)[0] = float("nan")
+
+
+def _spoil_a_result(unet: Any, result: Any) -> None:
+    (result[0] if isinstance(result, tuple) else result.sample).mul_(1.01)
 
 
 def act(fault: Fault) -> None:
@@ -158,10 +189,16 @@ def run_ours(words: Sequence[str], faults: Sequence[Fault], log: str, environmen
     limits.set()
     install(faults)
     from diffpref.cli import main
+    from diffpref.data import loader
     from diffpref.training import saving
 
     saving.PAUSE = 0.1  # a disk that is full in a test stays full
-    sys.exit(main(list(words)))
+    loader.WORKER_TIMEOUT = 5.0  # and who hangs, hangs
+    try:
+        sys.exit(main(list(words)))
+    finally:
+        with open(f"{log}.peak", "w") as file:
+            file.write(str(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
 
 
 if __name__ == "__main__":

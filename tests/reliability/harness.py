@@ -52,6 +52,8 @@ class Outcome:
     code: int
     errors: str
     seconds: float
+    peak_mb: float | None = None
+    """Most memory that the process has had; known of ours when it ended by itself."""
 
     @property
     def last_line(self) -> str:
@@ -114,7 +116,9 @@ class Trainer:
         def end() -> Outcome:
             code = process.wait()
             told = Path(f"{log}.err")  # missing when the process was killed before it began
-            return Outcome(code, told.read_text(errors="replace") if told.exists() else "", time.monotonic() - begun)
+            errors, seconds = told.read_text(errors="replace") if told.exists() else "", time.monotonic() - begun
+            peak = Path(f"{log}.peak")
+            return Outcome(code, errors, seconds, float(peak.read_text()) if peak.exists() else None)
 
         return process, end
 
@@ -123,14 +127,15 @@ class Trainer:
         return self.start(folder, resume, *faults, limits=limits)[1]()
 
 
-def diffpref(settings: dict[str, Any], every: int, log: Path, environment: dict[str, str] | None = None) -> Trainer:
-    """`diffpref train` with these settings."""
+def diffpref(settings: dict[str, Any], every: int, log: Path, environment: dict[str, str] | None = None, command: str = "train") -> Trainer:
+    """`diffpref train` with these settings, or another command that has an output_dir and is not resumed."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.reliability.warm"])
 
     def begin(folder: Path, resume: bool, given: Sequence[Fault], limits: Limits, log: Path) -> Process:
-        words = ["train"]
-        more = {"output_dir": folder, "checkpointing_steps": every} | ({"resume_from_checkpoint": "latest"} if resume else {})
+        words, more = [command], {"output_dir": folder}
+        if command == "train":
+            more |= {"checkpointing_steps": every} | ({"resume_from_checkpoint": "latest"} if resume else {})
         for name, value in (settings | more).items():
             words += [f"--{name}", str(value).lower() if isinstance(value, bool) else str(value)]
         env = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | (environment or {})

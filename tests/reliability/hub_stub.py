@@ -1,4 +1,4 @@
-"""A hub on the loopback that serves one model folder, badly where it is asked to."""
+"""A hub on the loopback that serves one model folder, and lets one be pushed to, badly where it is asked to."""
 
 from __future__ import annotations
 
@@ -17,13 +17,17 @@ COMMIT = "0" * 39 + "1"
 
 
 class Hub(ThreadingHTTPServer):
-    """`fault` is one of "", 503, hang (no answer) or cut (half of a large file); it lasts for `times` requests of each path."""
+    """`fault` is one of "", 503, hang (no answer) or cut (half of a large file); it lasts for `times` requests of each path.
+
+    A repository can be created here, and everything that is sent to it is refused; "gone" is 503 after `times` requests of a path.
+    """
 
     daemon_threads = True
 
     def __init__(self, model: Path, fault: str, times: int) -> None:
         super().__init__(("127.0.0.1", 0), Request)
         self.model, self.fault, self.times, self.asked = model, fault, times, Counter[str]()
+        self.tokens: set[str | None] = set()
 
     @property
     def address(self) -> str:
@@ -40,13 +44,25 @@ class Request(BaseHTTPRequestHandler):
         """Headers alone."""
         self.do_GET()
 
+    def do_POST(self) -> None:
+        """A repository is created; nothing can be put into it."""
+        self.rfile.read(int(self.headers.get("Content-Length", "0")))
+        self.server.asked[self.path] += 1
+        self.server.tokens.add(self.headers.get("Authorization"))
+        if self.path == "/api/repos/create":
+            self.give(200, json.dumps({"url": f"{self.server.address}/someone/mine"}).encode())
+        elif self.path == "/api/validate-yaml":
+            self.give(200, b"{}")
+        else:
+            self.give(403, b"no room")
+
     def do_GET(self) -> None:
         """A list of the model's files, or one of them."""
         path = unquote(self.path.partition("?")[0])
         hub = self.server
         hub.asked[path] += 1
-        is_bad = hub.asked[path] <= hub.times
-        if is_bad and hub.fault == "503":
+        is_bad = (hub.asked[path] <= hub.times) is (hub.fault != "gone")
+        if is_bad and hub.fault in ("503", "gone"):
             return self.give(503, b"busy")
         if is_bad and hub.fault == "hang":
             time.sleep(60)
@@ -81,7 +97,7 @@ class Request(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             self.wfile.write(body[:cut])
         self.close_connection = True
 

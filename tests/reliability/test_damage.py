@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -79,3 +81,19 @@ def test_other_settings_are_not_resumed_with(
     assert outcome.code == 2, outcome.errors
     assert f"{next(iter(settings))}: " in outcome.last_line
     assert {path.name for path in copy.iterdir()} == before
+
+
+@pytest.mark.reliability_full("R13")
+def test_a_checkpoint_of_another_format_is_refused(copy: Path, trainer: Trainer) -> None:
+    """As a later version would leave it: complete, under another number."""
+    for name in ("checkpoint-3", "checkpoint-6"):
+        folder = copy / name
+        state, manifest = (json.loads((folder / f"{part}.json").read_text()) for part in ("trainer_state", "manifest"))
+        text = json.dumps(state | {"format": 99}).encode()
+        (folder / "trainer_state.json").write_bytes(text)
+        manifest["trainer_state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+    outcome = trainer.run(copy, resume=True)
+    assert outcome.code == 2, outcome.errors
+    assert "checkpoint format 99; this version reads format 1" in outcome.last_line
+    assert lines_of(copy / "metrics.jsonl") == 7

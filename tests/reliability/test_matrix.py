@@ -24,6 +24,13 @@ def test_every_case_is_tried() -> None:
     assert tried == CASES.keys(), f"without words: {sorted(tried - CASES.keys())}; without a test: {sorted(CASES.keys() - tried)}"
 
 
+def test_every_case_is_tried_from_outside() -> None:
+    """Through the harness, on whole runs; tests beside the code come on top."""
+    names = re.compile(r'"([A-Z]\d+)"')
+    found = {case for path in Path(__file__).parent.glob("test_*.py") if path != Path(__file__) for case in names.findall(path.read_text())}
+    assert CASES.keys() <= found, f"only beside the code: {sorted(CASES.keys() - found)}"
+
+
 def test_the_page_shows_what_was_measured() -> None:
     found = json.loads(RESULTS.read_text())
     assert as_table(found) in PAGE.read_text(), "write it again: python tests/reliability/matrix.py"

@@ -80,6 +80,32 @@ def test_a_worker_that_is_killed_is_replaced(make_trainer: Callable[..., Trainer
     assert not worker.is_running()
 
 
+@pytest.mark.reliability_full("D11")
+def test_workers_that_hang_are_given_up(
+    rows: list[dict[str, Any]], make_trainer: Callable[..., Trainer], tmp_path: Path, tried: Tried
+) -> None:
+    """A file never opens: the worker is replaced once, then the run ends, with what was saved and with nobody left behind."""
+    data = tmp_path / "data"
+    data.mkdir()
+    lines = []
+    for i, row in enumerate(rows[:8]):
+        for side in (0, 1):
+            (data / f"{i}-{side}.png").write_bytes(row[f"jpg_{side}"])
+        lines.append({"prompt": row["caption"], "image_0": f"{i}-0.png", "image_1": f"{i}-1.png", "label_0": row["label_0"]})
+    (data / "pairs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    trainer = make_trainer(train_data_dir=data, cache_dir=tmp_path / "cache", dataloader_num_workers=1)
+    folder = tmp_path / "run"
+    process, end = trainer.start(folder, False, Fault("hang", "open", r"5-0\.png"))
+    wait_until(lambda: lines_of(folder / "metrics.jsonl") > 0)
+    workers = psutil.Process(process.pid).children()
+    outcome = end()
+    assert outcome.code == 2, outcome.errors
+    assert "workers were lost twice at step" in outcome.last_line
+    assert '"workers lost"' in (folder / "events.jsonl").read_text()
+    assert not any(worker.is_running() for worker in workers)
+    tried("D11", 0)
+
+
 @pytest.mark.reliability_full("N2")
 def test_a_huge_learning_rate_ends_the_run_with_good_checkpoints(
     make_trainer: Callable[..., Trainer], tmp_path: Path, tried: Tried
