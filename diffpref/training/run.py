@@ -241,7 +241,7 @@ def prepare_run(config: TrainConfig, objective: Objective, notes: Sequence[str] 
         repository=repository,
     )
     begin(run, preflight, supply.begin, data, notes)
-    if validation and data.held_out is not None and objective.needs_reference:
+    if validation and data.held_out is not None and has_comparison(config, objective):
         compared = alone, new_reference(backbone, module, frozen_copy, alone, state)
         validation.accuracy = held_out_accuracy(config, data.held_out, objective.groups, backbone, compared, supply.encoder, data.port)
     return run
@@ -328,11 +328,16 @@ def check_reference(config: TrainConfig, objective: Objective) -> None:
             f"reference_update_steps is {config.reference_update_steps}, but method {config.method} has no reference; leave it out"
         )
     by_accuracy = config.early_stopping_patience is not None and config.early_stopping_metric == "implicit_accuracy"
-    if by_accuracy and not objective.needs_reference:
+    if by_accuracy and not has_comparison(config, objective):
         raise ValueError(
-            f"early_stopping_metric is implicit_accuracy, but method {config.method} has no reference to measure it with; "
-            "use early_stopping_metric scorer with a validation_scorer"
+            f"early_stopping_metric is implicit_accuracy, but method {config.method} has no reference to measure it with when tune is "
+            "full; use early_stopping_metric scorer with a validation_scorer"
         )
+
+
+def has_comparison(config: TrainConfig, objective: Objective) -> bool:
+    """Whether held-out accuracy can be measured: against the method's reference, or else the model without its adapters."""
+    return objective.needs_reference or config.tune == "lora"
 
 
 def restore(resume: Path | None, folder: Path, state: TrainingState, config: TrainConfig, accelerator: Accelerator, data: str) -> int:

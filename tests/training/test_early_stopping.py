@@ -186,7 +186,10 @@ def test_held_out_accuracy_decides_by_default(run_training: Go, read_metrics: Me
         ({"early_stopping_metric": "scorer"}, "nothing stops early"),
         (EARLY | {"validation_scorer": None}, "early_stopping_metric is scorer, but there is none"),
         ({"validation_scorer": "pickscore"}, "validation_scorer is 'pickscore', but nothing is validated"),
-        ({"early_stopping_patience": 2, "validation_steps": 1, "held_out_pairs": 4, "method": "sft"}, "method sft has no reference"),
+        (
+            {"early_stopping_patience": 2, "validation_steps": 1, "held_out_pairs": 4, "method": "sft", "tune": "full"},
+            "method sft has no reference",
+        ),
     ],
 )
 def test_settings_that_cannot_stop_a_run(settings: Settings, message: str, prepare: Start) -> None:

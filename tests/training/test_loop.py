@@ -256,6 +256,23 @@ def test_a_policy_that_differs_from_its_reference_is_refused(prepare: Start) -> 
         train(run)
 
 
+@pytest.mark.parametrize("tune", ["lora", "full"])
+def test_a_method_without_reference_is_measured_against_the_model_without_its_adapters(
+    tune: str, run_training: Go, read_metrics: Metrics
+) -> None:
+    settings = {
+        "method": "mapo",
+        "tune": tune,
+        "max_train_steps": 3,
+        "validation_steps": 3,
+        "held_out_pairs": 4,
+        "num_validation_images": 1,
+    }
+    lines = [line for line in read_metrics(run_training("run", **settings)) if "eval/implicit_accuracy" in line]
+    assert len(lines) == (1 if tune == "lora" else 0)
+    assert all(line["eval/gain_chosen"] != 0 for line in lines)
+
+
 def test_validation_measures_held_out_pairs_and_draws_pictures(run_training: Go, read_metrics: Metrics) -> None:
     settings = {"max_train_steps": 2, "validation_steps": 1, "held_out_pairs": 4, "num_validation_images": 1}
     folder = run_training("run", **settings)
