@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -181,28 +182,46 @@ def two_pass_backward(
     null: Conditioning | None = None,
     backward: Callable[[Tensor], object] = Tensor.backward,
     no_sync: Callable[[], AbstractContextManager[object]] = nullcontext,
+    at_once: int = 1,
 ) -> LossOutput:
-    """Gradient of the mean loss over many steps with the activations of one step in memory; exact, for one more forward per step.
+    """Gradient of the mean loss over many steps with the activations of few in memory; exact, for one more forward per step.
 
-    First all predictions without a graph, then the loss on them as leaves, then each step again, where the sum of prediction
+    First all predictions without a graph, then the loss on them as leaves, then the steps again, where the sum of prediction
     times the leaf's gradient has the gradient of the whole loss.
 
-    loss: method and guards, from evaluations to their output. backward: called once per step with a scalar (scale it there for
-    accumulation). no_sync: a context around every step but the last, where data parallel processes must not yet average.
-    Returns the loss without gradient.
+    loss: method and guards, from evaluations to their output. backward: called once per part with a scalar (scale it there for
+    accumulation). no_sync: a context around every part but the last, where data parallel processes must not yet average.
+    at_once: steps of a part, which go through the networks together. Returns the loss without gradient.
     """
+    parts = [steps[start : start + at_once] for start in range(0, len(steps), at_once)]
     leaves, evals = [], []
-    for step in steps:
+    for part in parts:
         with torch.no_grad():
-            (seen,) = evaluate([step], cond, policy, reference, null)
-        leaf = seen.policy.to(torch.promote_types(seen.policy.dtype, torch.float32)).detach().requires_grad_()
-        leaves.append(leaf)
-        evals.append(replace(seen, policy=leaf))
+            (seen,) = evaluate([joined(part)], repeated(cond, len(part)), policy, reference, null)
+        expected = [None] * len(part) if seen.reference is None else seen.reference.chunk(len(part))
+        for step, prediction, of_reference in zip(part, seen.policy.chunk(len(part)), expected, strict=True):
+            leaf = prediction.to(torch.promote_types(prediction.dtype, torch.float32)).detach().clone().requires_grad_()
+            leaves.append(leaf)
+            evals.append(Evaluation(step, leaf, of_reference))
     torch.clear_autocast_cache()  # casts of the weights made without a graph would cut the gradient of the second pass
     out = loss(evals)
     gradients = torch.autograd.grad(out.per_group.mean(), leaves, materialize_grads=True)
-    for i, (step, gradient) in enumerate(zip(steps, gradients, strict=True)):
-        with nullcontext() if i == len(steps) - 1 else no_sync():
-            prediction = predicted(step, cond, policy, null)
-            backward((prediction * gradient).sum())
+    for i, part in enumerate(parts):
+        with nullcontext() if i == len(parts) - 1 else no_sync():
+            prediction = predicted(joined(part), repeated(cond, len(part)), policy, null)
+            backward((prediction * torch.cat(gradients[i * at_once : (i + 1) * at_once])).sum())
     return replace(out, per_group=out.per_group.detach())
+
+
+def joined(steps: Sequence[PathStep]) -> PathStep:
+    """Steps of one path, which share their guidance, as one step of (S G) groups: all groups of the first, then of the second, ..."""
+    if len(steps) == 1:
+        return steps[0]
+    names = [f.name for f in fields(PathStep) if isinstance(getattr(steps[0], f.name), Tensor)]
+    tensors: dict[str, Any] = {name: torch.cat([getattr(step, name) for step in steps]) for name in names}
+    return replace(steps[0], **tensors)
+
+
+def repeated(cond: Conditioning, times: int) -> Conditioning:
+    """(G, K, ...) as (times G, K, ...), as `joined` steps need it."""
+    return cond if times == 1 else cond.map(lambda x: torch.cat([x] * times))

@@ -35,12 +35,16 @@ class InversionTrajectory:
     """Classifier-free guidance of the inversion and of both networks in the loss; 1 is none, and half the cost."""
     sampled_steps: int | None = None
     """Compare at this many nodes, drawn per pair, with weights that keep the expected sum; all of them when not given."""
+    steps_at_once: int = 1
+    """Nodes at which the networks are compared together, in one batch: fewer and larger products, and the activations of them all."""
 
     def __post_init__(self) -> None:
         if self.num_steps < 1:
             raise ValueError(f"num_steps is {self.num_steps}; a trajectory needs at least 1 step, usually 40 to 80")
         if self.sampled_steps is not None and not 1 <= self.sampled_steps <= self.num_steps:
             raise ValueError(f"sampled_steps is {self.sampled_steps}; choose 1 to num_steps ({self.num_steps}), or leave it out for all")
+        if self.steps_at_once < 1:
+            raise ValueError(f"steps_at_once is {self.steps_at_once}; it is at least 1, and more than the compared nodes changes nothing")
         if self.eval_point == "source":
             warnings.warn(
                 "eval_point is source, the released form of Inversion-DPO: where policy and reference are equal its gradient is exactly "

@@ -110,7 +110,8 @@ def learn(run: Run, batch: PreferenceBatch) -> LossOutput:
     if len(steps) > 1:  # the activations of all steps of a trajectory would not fit
         with accelerator.autocast():
             ask = (steps, batch.cond, run.policy, run.reference, loss)
-            out = two_pass_backward(*ask, null=run.null, backward=backward, no_sync=partial(accelerator.no_sync, run.wrapped))
+            no_sync = partial(accelerator.no_sync, run.wrapped)
+            out = two_pass_backward(*ask, null=run.null, backward=backward, no_sync=no_sync, at_once=objective.steps_at_once)
     else:
         with accelerator.autocast():
             evals = evaluate(steps, batch.cond, run.policy, run.reference, run.null, batch.reference_error)

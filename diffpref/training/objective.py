@@ -61,6 +61,11 @@ class Objective:
         return float(getattr(self.source or self.path, "guidance_scale", 1.0))
 
     @property
+    def steps_at_once(self) -> int:
+        """Steps of a path that go through the networks together."""
+        return int(getattr(self.path, "steps_at_once", 1))
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a reference has to be there."""
         return self.method.needs_reference

@@ -101,11 +101,11 @@ class RunCosts:
         return int(max(peaks) * (1 if self.on_gpu else HEAP_ALLOWANCE))
 
     def step(self, config: TrainConfig) -> StepCost:
-        """One micro-batch of the policy at one step on the path; with guidance each picture is there twice."""
+        """One micro-batch of the policy at the steps that it takes together; with guidance each picture is there twice."""
         key = (config.train_batch_size, config.gradient_checkpointing, config.gradient_accumulation_steps > 1)
         if key not in self._steps:
             guided = self.objective.guidance_scale != 1
-            groups = (config.train_batch_size * (1 + guided), self.images_per_group)
+            groups = (config.train_batch_size * (1 + guided) * self.objective.steps_at_once, self.images_per_group)
             how: dict[str, Any] = {"autocast": self.autocast, "recompute": key[1], "on_gpu": self.on_gpu, "accumulates": key[2]}
             self._steps[key] = step_cost(self.backbone, self.module, groups, self.resolution, **how)
         return self._steps[key]
@@ -114,7 +114,8 @@ class RunCosts:
     def flops_per_pair(self) -> float:
         """Of policy and reference at one step on the path, with what checkpointing computes again."""
         step = self.step(self.config)
-        return (step.flops + (step.forward_flops if self.objective.needs_reference else 0)) / self.config.train_batch_size
+        flops = step.flops + (step.forward_flops if self.objective.needs_reference else 0)
+        return flops / (self.config.train_batch_size * self.objective.steps_at_once)
 
     @property
     def kernels(self) -> int:

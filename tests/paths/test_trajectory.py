@@ -239,6 +239,34 @@ def test_two_passes_hold_one_step_at_a_time(pair: Pair, process: DdpmProcess, re
     assert alive == [1, 0] * 5
 
 
+@pytest.mark.parametrize("at_once", [2, 4, 6, 100])
+def test_steps_taken_together_have_the_same_gradient(
+    at_once: int, pairs: Pairs, process: DdpmProcess, policy: Predict, reference: Predict, policy_weights: Tensor
+) -> None:
+    batch, null = pairs(3), Conditioning(torch.zeros(1, 1, 2, 3, dtype=torch.float64))
+    path = InversionTrajectory(num_steps=6, steps_at_once=at_once)
+    steps = path(batch, process, batch.random(0), None, reference, null)
+    asked: list[int] = []
+
+    def counted(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
+        asked.append(len(x_t))
+        return policy(x_t, timesteps, cond)
+
+    found = []
+    for together in (1, path.steps_at_once):
+        asked.clear()
+        out = two_pass_backward(
+            steps, batch.cond, counted, reference, lambda evals: InversionDPO().loss(batch, evals), null=null, at_once=together
+        )
+        assert policy_weights.grad is not None
+        found.append((out.per_group, policy_weights.grad))
+        policy_weights.grad = None
+    assert len(asked) == 2 * math.ceil(6 / at_once)
+    assert sum(asked) == 2 * 2 * 6 * 3  # two passes with guidance, as before
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-11, atol=1e-14)
+
+
 def test_sampled_nodes_are_nodes_of_the_trajectory(pairs: Pairs, process: DdpmProcess, reference: Predict) -> None:
     batch, null = pairs(4), Conditioning(torch.zeros(1, 1, 2, 3, dtype=torch.float64))
     path = InversionTrajectory(num_steps=8)
