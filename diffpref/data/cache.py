@@ -77,10 +77,10 @@ def _sums(kind: str, tensors: Mapping[str, Tensor]) -> Tensor:
     """CRC-32 of each row, for latents of each view of it: (n, F) or (n, 1) int64."""
     rows = [list(x.flatten(0, 1) if kind == LATENTS else x) for _, x in sorted(tensors.items())]
     views = next(iter(tensors.values())).shape[1] if kind == LATENTS else 1
-    return torch.tensor([_crc(parts) for parts in zip(*rows, strict=True)]).reshape(-1, views)
+    return torch.tensor([crc(parts) for parts in zip(*rows, strict=True)]).reshape(-1, views)
 
 
-def _crc(parts: Iterable[Tensor]) -> int:
+def crc(parts: Iterable[Tensor]) -> int:
     """CRC-32 of the bytes of tensors, one after the other."""
     found = 0
     for part in parts:
@@ -230,7 +230,7 @@ class LatentStore:
         found = [self._tensor(file, name)[row] for name in names]
         if view is not None:
             found = [x[view] for x in found]
-        if _crc(found) != int(self._tensor(file, "sum")[row, view or 0]):
+        if crc(found) != int(self._tensor(file, "sum")[row, view or 0]):
             raise ValueError(
                 f"latent_cache {str(self.folder)!r}: {self.files[file]} is damaged at row {row}; mend it: diffpref cache with the "
                 "settings of this run and --check_sums true"

@@ -27,7 +27,7 @@ from tqdm import tqdm
 from diffpref.core.policy import guided
 from diffpref.core.rewards import mean_squared_error
 from diffpref.core.types import PreferenceBatch
-from diffpref.data.cache import Key, Places, as_int64, differences, key
+from diffpref.data.cache import Key, Places, as_int64, crc, differences, key
 from diffpref.paths.forward import ForwardNoising
 from diffpref.training.latent_cache import fingerprint
 from diffpref.training.settings import to_flat
@@ -107,17 +107,21 @@ def open_or_compute(run: Run, source: Callable[[], Iterator[PreferenceBatch]]) -
         _compute(run, source(), path, wanted)
     try:
         with safe_open(path, "pt") as file:
-            made_with = json.loads(file.metadata()["made_with"])
-            names, values = file.get_tensor("key").numpy(), file.get_tensor("error")
+            made_with, wanted_sum = json.loads(file.metadata()["made_with"]), int(file.metadata()["sum"])
+            names, values = file.get_tensor("key"), file.get_tensor("error")
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise ValueError(f"reference_errors {str(path)!r} cannot be read ({error}); delete it, or name another file") from error
+    if crc((names, values)) != wanted_sum:
+        raise ValueError(
+            f"reference_errors {str(path)!r} is damaged: its bytes are not those that were written; delete it, or name another"
+        )
     if run.first_step:
         made_with.pop("model", None)
     found = [text.replace("in the cache", "in the file") for text in differences(made_with, wanted)]
     if found:
         raise ValueError(f"reference_errors {str(path)!r} was made with other settings: {', '.join(found)}; name another file")
     rows = torch.stack([torch.zeros(len(values), dtype=torch.int32), torch.arange(len(values), dtype=torch.int32)], 1)
-    return ReferenceErrors(path, Places(names, rows.numpy()), values)
+    return ReferenceErrors(path, Places(names.numpy(), rows.numpy()), values)
 
 
 @torch.no_grad()
@@ -141,7 +145,8 @@ def _compute(run: Run, batches: Iterator[PreferenceBatch], path: Path, wanted: d
         names = sorted(joined)
         path.parent.mkdir(parents=True, exist_ok=True)
         hidden = path.with_name(f".{path.name}.{os.getpid()}")
-        save_file({"key": as_int64(names), "error": torch.stack([joined[n] for n in names])}, hidden, {"made_with": json.dumps(wanted)})
+        tensors = {"key": as_int64(names), "error": torch.stack([joined[n] for n in names])}
+        save_file(tensors, hidden, {"made_with": json.dumps(wanted), "sum": str(crc(tensors.values()))})
         hidden.chmod(0o644)
         hidden.replace(path)
         print(f"reference: errors of {len(names)} visits written to {path}", file=sys.stderr)

@@ -42,6 +42,17 @@ def test_errors_from_a_file_train_the_same(case: str, run_training: Go, sdxl_fol
         assert [name for name in online if not torch.equal(online[name], other[name])] == []
 
 
+@pytest.mark.parametrize("damage", ["a bit", "the end"])
+def test_a_damaged_file_is_refused(damage: str, prepare: Callable[..., Run], tmp_path: Path) -> None:
+    path = tmp_path / "errors.safetensors"
+    prepare("computes", reference_errors=str(path))
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data if damage == "a bit" else data[:-1])
+    with pytest.raises(ValueError, match=r"errors\.safetensors' (is damaged|cannot be read)"):
+        prepare("reads", reference_errors=str(path))
+
+
 def test_a_run_that_reads_them_has_no_reference(prepare: Callable[..., Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = {"reference_errors": str(tmp_path / "errors.safetensors"), "tune": "full"}
     assert prepare("computes", **stored).reference is None
