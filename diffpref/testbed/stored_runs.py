@@ -60,11 +60,14 @@ class Results:
         self.base_scores = np.array(self.base["test"]["scores"])
 
     def rows(self, method: str, regime: str = "own", labels: str = "given", budget: str = "pairs") -> Rows | None:
-        """The runs of a row that are there; none if there are none."""
-        seeds = (*self.protocol.seeds, *self.protocol.control_seeds)
-        paths = [self.folder / f"{method}-{regime}-{labels}-{budget}-{seed}.json" for seed in dict.fromkeys(seeds)]
-        runs = tuple(json.loads(path.read_text()) for path in paths if path.exists())
-        return Rows(runs, self.base_scores) if runs else None
+        """The runs of a row of the protocol, in the order of their seeds; None unless it has them and all are there."""
+        wanted = (regime, labels, budget)
+        known = self.protocol.runs(method, has_time_budget=True) if method in self.protocol.entries else []
+        runs = [run for run in known if (run.regime, run.labels, run.budget) == wanted]
+        paths = [self.folder / f"{run.name}.json" for run in runs]
+        if not paths or not all(path.exists() for path in paths):
+            return None
+        return Rows(tuple(json.loads(path.read_text()) for path in paths), self.base_scores)
 
     def cost(self, method: str) -> dict[str, float] | None:
         """What an update costs."""
