@@ -297,7 +297,7 @@ def cost_of(work: Work) -> Settings:
     def train(updates: int) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         config, objective = prepared(work, folder, updates)
-        align(_without_validation(config), objective)
+        align(_without_validation(with_latents(config, objective, work)), objective)
 
     found = update_cost(train, work.pictures_per_update)
     shutil.rmtree(folder)
