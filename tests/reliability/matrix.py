@@ -1,6 +1,6 @@
 """The fault matrix: its cases in words, and the table of docs/reliability.md, made from measured runs:
 
-    pytest -m "reliability or reliability_full" --fault-results full.json
+    pytest -m "reliability or reliability_full" --fault-results=full.json
     python tests/reliability/any_script.py ... --json theirs.json -- train.py ...
     python tests/reliability/matrix.py --ours full.json --theirs theirs.json
 
