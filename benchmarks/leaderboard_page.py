@@ -1,7 +1,9 @@
 """Write what the leaderboard has measured into the pages: tables into docs/leaderboard.md, a line into each method's page and the README.
 
-python scripts/testbed_leaderboard.py --only_tables
-python benchmarks/leaderboard_page.py
+    python scripts/testbed_leaderboard.py --only_tables
+    python benchmarks/leaderboard_page.py
+
+reads the stored runs and the tables beside them, and changes nothing outside of the marks on the pages.
 """
 
 from __future__ import annotations

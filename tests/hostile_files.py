@@ -11,6 +11,21 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from PIL import Image
+
+
+def noise(seed: int) -> Image.Image:
+    """12 x 16 pixels of noise."""
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8))
+
+
+def encoded(image: Image.Image | int, kind: str = "PNG", **options: Any) -> bytes:
+    """The bytes of a file; a seed makes a picture of noise."""
+    buffer = io.BytesIO()
+    (noise(image) if isinstance(image, int) else image).save(buffer, kind, **options)
+    return buffer.getvalue()
+
 
 def png_chunk(kind: bytes, body: bytes) -> bytes:
     """One chunk with its length and checksum."""

@@ -200,7 +200,7 @@ def two_pass_backward(
             (seen,) = evaluate([joined(part)], repeated(cond, len(part)), policy, reference, null)
         expected = [None] * len(part) if seen.reference is None else seen.reference.chunk(len(part))
         for step, prediction, of_reference in zip(part, seen.policy.chunk(len(part)), expected, strict=True):
-            leaf = prediction.to(torch.promote_types(prediction.dtype, torch.float32)).detach().clone().requires_grad_()
+            leaf = prediction.to(torch.promote_types(prediction.dtype, torch.float32)).detach().requires_grad_()
             leaves.append(leaf)
             evals.append(Evaluation(step, leaf, of_reference))
     torch.clear_autocast_cache()  # casts of the weights made without a graph would cut the gradient of the second pass

@@ -136,7 +136,8 @@ def write_index(folder: Path, pictures: Mapping[Key, Key]) -> None:
     hidden = folder / f".index-{os.getpid()}.part"
     content = {place: key for key, place in latents.items()}
     tensors["content"] = as_int64(content[places[k]] for k in sorted(places))
-    save_file(tensors, hidden, {"files": json.dumps([[name, (folder / name).stat().st_size] for name in names])})
+    facts = {"files": json.dumps([[name, (folder / name).stat().st_size] for name in names])}
+    save_file(tensors, hidden, facts | {"sum": str(crc(tensors[name] for name in sorted(tensors)))})
     hidden.chmod(0o644)
     hidden.replace(folder / INDEX)
 
@@ -191,11 +192,15 @@ class LatentStore:
         if manifest is None or not (folder / INDEX).exists():
             state = "is no cache of latents" if manifest is None else "is not complete"
             raise ValueError(f"latent_cache {str(folder)!r} {state}; build it: diffpref cache, with the settings of this run")
-        with safe_open(folder / INDEX, "pt") as file:
-            listed = json.loads(file.metadata()["files"])
-            pictures, prompts = (
-                Places(file.get_tensor(f"{kind}.key").numpy(), file.get_tensor(f"{kind}.place").numpy()) for kind in (LATENTS, PROMPTS)
-            )
+        try:
+            with safe_open(folder / INDEX, "pt") as file:
+                listed, wanted = json.loads(file.metadata()["files"]), int(file.metadata()["sum"])
+                tensors = {name: file.get_tensor(name) for name in sorted(file.keys())}
+        except (SafetensorError, TypeError, KeyError):
+            tensors, wanted = {}, -1
+        if crc(tensors.values()) != wanted:
+            raise ValueError(f"latent_cache {str(folder)!r}: {INDEX} is damaged; delete this file, and diffpref cache makes it anew")
+        pictures, prompts = (Places(tensors[f"{kind}.key"].numpy(), tensors[f"{kind}.place"].numpy()) for kind in (LATENTS, PROMPTS))
         for name, size in listed:
             path = folder / name
             if not path.is_file() or path.stat().st_size != size:

@@ -190,13 +190,11 @@ WORKER_TIMEOUT = 300.0
 """Seconds after which a worker that gives nothing is taken to hang."""
 
 
-def batches(
-    pixels: PairPixels, sampler_fn: Callable[[], Iterable[list[Item]]], num_workers: int = 0, timeout_s: float | None = None
-) -> Generator[Batch, None, None]:
+def batches(pixels: PairPixels, sampler_fn: Callable[[], Iterable[list[Item]]], num_workers: int = 0) -> Generator[Batch, None, None]:
     """Collated micro-batches in the order of `sampler_fn`, which may be endless; closing the generator ends its workers.
 
     `sampler_fn` returns lists of (index, visit), for example `lambda: sampler.micro_batches(rank, ...)`. The batches do not
-    depend on `num_workers`. A worker that gives nothing for `timeout_s` (WORKER_TIMEOUT) seconds is given up with RuntimeError.
+    depend on `num_workers`. A worker that gives nothing for WORKER_TIMEOUT seconds is given up with RuntimeError.
 
     Raises:
         ValueError: `num_workers` is negative, or an image cannot be decoded.
@@ -209,7 +207,7 @@ def batches(
         collate_fn=collate,
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
-        timeout=0 if num_workers == 0 else WORKER_TIMEOUT if timeout_s is None else timeout_s,
+        timeout=WORKER_TIMEOUT if num_workers > 0 else 0,
         # DataLoader draws a seed for its workers; without its own generator it would advance the global one.
         generator=torch.Generator(),
     )

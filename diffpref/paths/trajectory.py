@@ -43,8 +43,9 @@ class InversionTrajectory:
             raise ValueError(f"num_steps is {self.num_steps}; a trajectory needs at least 1 step, usually 40 to 80")
         if self.sampled_steps is not None and not 1 <= self.sampled_steps <= self.num_steps:
             raise ValueError(f"sampled_steps is {self.sampled_steps}; choose 1 to num_steps ({self.num_steps}), or leave it out for all")
-        if self.steps_at_once < 1:
-            raise ValueError(f"steps_at_once is {self.steps_at_once}; it is at least 1, and more than the compared nodes changes nothing")
+        compared = self.sampled_steps or self.num_steps
+        if not 1 <= self.steps_at_once <= compared:
+            raise ValueError(f"steps_at_once is {self.steps_at_once}; choose 1 to {compared}, the nodes that are compared")
         if self.eval_point == "source":
             warnings.warn(
                 "eval_point is source, the released form of Inversion-DPO: where policy and reference are equal its gradient is exactly "

@@ -241,8 +241,10 @@ def restore(
             f"{state['pairs_per_update']} pairs per update; choose them so that the product stays"
         )
     if state["data"] != data:
-        source = config.train_data_dir or config.dataset_name
-        raise ValueError(f"{source!r} holds other pairs than the checkpoint was trained on; bring back the data, or start anew")
+        name = "train_data_dir" if config.train_data_dir else "dataset_name"
+        raise ValueError(
+            f"{name} {getattr(config, name)!r} holds other pairs than the checkpoint was trained on; bring back the data, or start anew"
+        )
     checkpoint.restore(trainable, optimizer, tensors)
     best = Best(**state["best"], weights=tensors["best"]) if state["best"] else None
     return int(state["step"]), best

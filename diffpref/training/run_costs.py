@@ -66,7 +66,8 @@ class RunCosts:
         self.cache = self._cache(len(pixels)) if config.cache_latents and not config.latent_cache else 0
         self.counts = self._counts(accelerator.num_processes)
         self._steps: dict[tuple[int, Recompute, bool], StepCost] = {}
-        self._bound: int | None = upper_bound(backbone, module, 2 * self.images_per_group * config.train_batch_size, resolution)
+        images = 2 * objective.steps_at_once * self.images_per_group * config.train_batch_size  # twice, for guidance
+        self._bound: int | None = upper_bound(backbone, module, images, resolution)
         if self.on_gpu or PLENTY * sum(self.parts().values()) > budget:
             self._bound = None
 

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from PIL import Image
 
 from diffpref.data.pairs import PairDataset, load_pairs
+from tests.hostile_files import encoded
 
 Encode = Callable[..., bytes]
 
@@ -21,15 +19,7 @@ Encode = Callable[..., bytes]
 @pytest.fixture(scope="session")
 def encode() -> Encode:
     """encode(image or seed, kind="PNG", **options) -> bytes; a seed makes a noisy 16 x 12 RGB image."""
-
-    def make(image: Image.Image | int, kind: str = "PNG", **options: Any) -> bytes:
-        if isinstance(image, int):
-            image = Image.fromarray(np.random.default_rng(image).integers(0, 256, (12, 16, 3), dtype=np.uint8))
-        buffer = io.BytesIO()
-        image.save(buffer, kind, **options)
-        return buffer.getvalue()
-
-    return make
+    return encoded
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from diffpref.data import loader
 from diffpref.data.buckets import Buckets
 from diffpref.data.loader import PairPixels, batches
 from diffpref.data.pairs import PairDataset, load_pairs
@@ -112,10 +113,11 @@ class Hanging(PairPixels):
 
 
 @pytest.mark.reliability("D11")
-def test_a_worker_that_hangs_is_given_up(pairs: PairDataset) -> None:
+def test_a_worker_that_hangs_is_given_up(pairs: PairDataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "WORKER_TIMEOUT", 1)
     begun = time.monotonic()
     with pytest.raises(RuntimeError, match="DataLoader timed out after 1 seconds"):
-        next(batches(Hanging(pairs, resolution=8), lambda: [[(0, 0)]], num_workers=1, timeout_s=1))
+        next(batches(Hanging(pairs, resolution=8), lambda: [[(0, 0)]], num_workers=1))
     assert time.monotonic() - begun < 30
 
 

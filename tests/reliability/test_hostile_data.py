@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from tests.hostile_files import png_with_header, text_bomb
+from tests.hostile_files import encoded, noise, png_with_header, text_bomb
 from tests.reliability.faults import Fault
 from tests.reliability.harness import Outcome, Trainer, leftovers
 
@@ -25,21 +25,9 @@ MODEL = Fault("exit", "open", r"diffusion_pytorch_model|model\.safetensors", las
 """The process is gone, with exit code 0, as soon as it opens the weights of a model."""
 
 
-def encoded(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:
-    """The bytes of a file."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def noise(seed: int) -> Image.Image:
-    """12 x 16 pixels of noise."""
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (12, 16, 3), dtype=np.uint8))
-
-
 def truncated() -> list[tuple[Row, str, str]]:
     """Files that end early, in three formats."""
-    files = [encoded(noise(77), kind) for kind in ("JPEG", "PNG", "WEBP")]
+    files = [encoded(77, kind) for kind in ("JPEG", "PNG", "WEBP")]
     return [({"jpg_1": data[: int(len(data) * share)]}, "jpg_1", "") for data in files for share in (0.01, 0.5, 0.99)]
 
 
@@ -57,8 +45,8 @@ def bombs() -> list[tuple[Row, str, str]]:
         (png_with_header(12_961, 12_961), "too many pixels"),
         (png_with_header(20_000, 20_000), "too many pixels"),
         (png_with_header(100_001, 1), "side too long"),
-        (encoded(noise(0), "PNG", **frames), "several frames"),
-        (encoded(noise(0), "WEBP", **frames), "several frames"),
+        (encoded(0, "PNG", **frames), "several frames"),
+        (encoded(0, "WEBP", **frames), "several frames"),
         (text_bomb(), "broken header"),
     ]
     return [({"jpg_0": data}, "jpg_0", reason) for data, reason in files]
@@ -74,7 +62,7 @@ def no_labels() -> list[tuple[Row, str, str]]:
         (float("inf"), 0.0, "not finite"),
         (-0.1, 1.1, "outside"),
     ]
-    same = encoded(noise(5))
+    same = encoded(5)
     pair = ({"jpg_0": same, "jpg_1": same, "image_0_uid": "one", "image_1_uid": "one"}, "image_1_uid", "identical images")
     return [*(({"label_0": a, "label_1": b}, "label_", reason) for a, b, reason in wrong), pair]
 
@@ -88,7 +76,7 @@ def no_captions() -> list[tuple[Row, str, str]]:
 
 def other_formats() -> list[tuple[Row, str, str]]:
     """Whole pictures in formats whose decoders are not to be reached."""
-    return [({"jpg_1": encoded(noise(1), kind)}, "jpg_1", "not a JPEG") for kind in ("EPS", "GIF", "TIFF", "BMP", "PPM", "ICO")]
+    return [({"jpg_1": encoded(1, kind)}, "jpg_1", "not a JPEG") for kind in ("EPS", "GIF", "TIFF", "BMP", "PPM", "ICO")]
 
 
 BAD_ROWS = {"D1": truncated, "D2": no_pictures, "D3": bombs, "D7": no_labels, "D8": no_captions, "S5": other_formats}

@@ -266,6 +266,20 @@ def test_damage_is_found_and_mended(make_cache: Callable[..., Path], capsys: pyt
     assert latents.read_bytes() == good
 
 
+@pytest.mark.reliability("D12")
+def test_a_damaged_index_is_found_and_made_anew(make_cache: Callable[..., Path]) -> None:
+    folder = make_cache("cache")
+    index = folder / cache.INDEX
+    good = index.read_bytes()
+    for bad in (good[:-8] + bytes([good[-8] ^ 1]) + good[-7:], good[:-1]):
+        index.write_bytes(bad)
+        with pytest.raises(ValueError, match=r"index\.safetensors is damaged; delete this file, and diffpref cache makes it anew"):
+            LatentStore.open(folder)
+    index.unlink()
+    make_cache("cache")
+    assert len(LatentStore.open(folder).pictures.key) == 48
+
+
 def test_half_the_bytes_at_half_the_precision(make_cache: Callable[..., Path], prepare: Callable[..., Run]) -> None:
     full, half = make_cache("full"), make_cache("half", CacheConfig(stored_dtype="bf16"))
     sizes = [sum(p.stat().st_size for p in folder.glob("latents-*")) for folder in (full, half)]
