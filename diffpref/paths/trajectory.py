@@ -53,6 +53,17 @@ class InversionTrajectory:
                 stacklevel=2,
             )
 
+    @property
+    def equal_forwards(self) -> bool:
+        """Whether every process asks the network equally often: not where each batch ends at the last of its own drawn nodes."""
+        return self.sampled_steps is None
+
+    @property
+    def kept_latents(self) -> int:
+        """Float32 latents per picture that are there when the loss is computed: position and target of every node; prediction of policy
+        and reference and the loss's gradient of every compared one."""
+        return 2 * self.num_steps + 3 * (self.sampled_steps or self.num_steps)
+
     @torch.no_grad()
     def __call__(
         self,

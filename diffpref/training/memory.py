@@ -46,10 +46,10 @@ def number_bytes(config: TrainConfig) -> int:
     return 2 if config.tune == "full" and config.base_dtype != "fp32" else 4
 
 
-def memory_parts(config: TrainConfig, needs_reference: bool, counts: Counts, activations: int) -> dict[str, int]:
+def memory_parts(config: TrainConfig, needs_reference: bool, counts: Counts, activations: int, trajectory: int = 0) -> dict[str, int]:
     """Part -> bytes at the peak of a step, parts of no size left out; their sum is what the device has to hold.
 
-    activations: those of one micro-batch under these settings.
+    activations: those of one micro-batch under these settings. trajectory: latents of its path, where that has many steps.
     """
     parts = {
         "weights": counts.weights,
@@ -60,6 +60,7 @@ def memory_parts(config: TrainConfig, needs_reference: bool, counts: Counts, act
         "moving average": 4 * counts.trained if config.use_ema else 0,
         "latent cache": counts.cache,
         "activations": activations,
+        "trajectory": trajectory,
     }
     if config.shard != "no":  # with `gradients`, all weights of the policy are there between forward and backward pass
         n = counts.num_processes

@@ -66,6 +66,11 @@ class Objective:
         return int(getattr(self.path, "steps_at_once", 1))
 
     @property
+    def kept_latents(self) -> int:
+        """Latents per picture that a path of many steps keeps in memory; 0 for a single step."""
+        return int(getattr(self.path, "kept_latents", 0))
+
+    @property
     def needs_reference(self) -> bool:
         """Whether a reference has to be there."""
         return self.method.needs_reference

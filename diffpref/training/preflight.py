@@ -129,7 +129,9 @@ class Preflight:
             self.on_gpu,
         )
         if not found:
-            return "no batch size, checkpointing or optimizer makes it fit: lower resolution, or use a device with more memory"
+            path: Any = costs.objective.path
+            fewer = f", steps_at_once ({path.steps_at_once}) or num_steps ({path.num_steps})" if costs.objective.kept_latents else ""
+            return f"no batch size, checkpointing or optimizer makes it fit: lower resolution{fewer}, or use a device with more memory"
         return "use " + ", or ".join(f"{as_flags(changes)} ({words(size)})" for changes, size in found)
 
     def _disk(self, costs: RunCosts, folder: Path, first_step: int) -> list[str]:

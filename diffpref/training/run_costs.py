@@ -84,7 +84,8 @@ class RunCosts:
     def parts(self, config: TrainConfig | None = None, counts: Counts | None = None) -> dict[str, int]:
         """Part -> bytes, under the run's settings if none are given."""
         config = config or self.config
-        return memory_parts(config, self.objective.needs_reference, counts or self.counts, self.activations(config))
+        activations = self.activations(config)
+        return memory_parts(config, self.objective.needs_reference, counts or self.counts, activations, self._trajectory(config))
 
     def activations(self, config: TrainConfig) -> int:
         """Bytes at the peak of a micro-batch, of the autoencoder's work on it or of validation pictures: never there at once."""
@@ -129,10 +130,16 @@ class RunCosts:
         """RAM that a run on a GPU needs: cached latents, and the larger file of a checkpoint while it is written."""
         return self.cache + max(number_bytes(self.config) * self.counts.trained, optimizer_bytes(self.config.optimizer, self.counts))
 
-    def _cache(self, num_pairs: int) -> int:
+    @property
+    def _latent_numbers(self) -> int:
         side = self.resolution // vae_factor(self.backbone.pipeline)
-        numbers = self.backbone.pipeline.vae.config.latent_channels * side * side
-        return latent_cache_bytes(num_pairs * self.pictures, not self.config.no_hflip, numbers)
+        return int(self.backbone.pipeline.vae.config.latent_channels * side * side)
+
+    def _cache(self, num_pairs: int) -> int:
+        return latent_cache_bytes(num_pairs * self.pictures, not self.config.no_hflip, self._latent_numbers)
+
+    def _trajectory(self, config: TrainConfig) -> int:
+        return 4 * self.objective.kept_latents * config.train_batch_size * self.images_per_group * self._latent_numbers
 
     def _counts(self, num_processes: int) -> Counts:
         networks = [part for part in self.backbone.pipeline.components.values() if isinstance(part, nn.Module)]

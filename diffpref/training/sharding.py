@@ -57,7 +57,8 @@ def check_sharding(config: TrainConfig, objective: Objective) -> None:
     if objective.conditioning or objective.source:
         raise ValueError(f"{where}method {config.method} asks its network outside of the shared forward passes; use shard no")
     if not getattr(objective.path, "equal_forwards", True):
-        raise ValueError(f"{where}processes would ask the network different numbers of times; add --equal_forwards, or use shard no")
+        remedy = "leave sampled_steps out" if hasattr(objective.path, "sampled_steps") else "add --equal_forwards"
+        raise ValueError(f"{where}processes would ask the network different numbers of times; {remedy}, or use shard no")
 
 
 def share_out(config: TrainConfig, module: nn.Module, frozen_copy: nn.Module | None) -> nn.Module | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -147,20 +148,24 @@ def test_v_prediction_has_the_loss_of_the_equivalent_network(
 
 
 def test_network_evaluations(pair: Pair, process: DdpmProcess, policy: Predict, reference: Predict) -> None:
-    seen = {"policy": 0, "reference": 0}
+    seen: Counter[str] = Counter()
 
     def counted(name: str, network: Predict) -> Predict:
         def predict(x_t: Tensor, timesteps: Tensor, cond: Conditioning) -> Tensor:
-            seen[name] += timesteps.numel()
+            seen[f"{name} with gradient" if name == "policy" and torch.is_grad_enabled() else name] += timesteps.numel()
             return network(x_t, timesteps, cond)
 
         return predict
 
     batch, (p, r) = pair(1.0), (counted("policy", policy), counted("reference", reference))
+    method = InversionDPO()
     for eval_point, asked in (("source", 4), ("denoise", 8)):
-        seen.update(policy=0, reference=0)
-        loss_of(InversionDPO(), batch, walk(InversionTrajectory(num_steps=7, eval_point=eval_point), batch, process, r), p, r)  # type: ignore[arg-type]
-        assert seen == {"policy": 4 * 7, "reference": asked * 7}
+        steps = walk(InversionTrajectory(num_steps=7, eval_point=eval_point), batch, process, r)  # type: ignore[arg-type]
+        loss_of(method, batch, steps, p, r)
+        assert seen == {"policy with gradient": 4 * 7, "reference": asked * 7}
+        two_pass_backward(steps, batch.cond, p, r, lambda evals: method.loss(batch, evals), null=NULL)
+        assert seen["policy"] == 4 * 7  # as it is trained: one more forward pass, for the memory of one step
+        seen.clear()
 
 
 METHODS_OF_MANY_STEPS = [InversionDPO(beta=30), DMPO(beta=30)]
@@ -283,6 +288,16 @@ def test_sampled_nodes_are_nodes_of_the_trajectory(pairs: Pairs, process: DdpmPr
     assert len({tuple(int(s.timesteps[g, 0]) for s in some) for g in range(4)}) > 1  # drawn per pair
     source = replace(path, eval_point="source", sampled_steps=2)(batch, process, batch.random(0), None, reference, null)
     assert all(s.reference is s.target for s in source)
+
+
+@pytest.mark.parametrize("sampled_steps", [None, 3])
+def test_the_latents_that_are_kept_are_counted(sampled_steps: int | None, pairs: Pairs, process: DdpmProcess, reference: Predict) -> None:
+    batch = pairs(2)
+    path = InversionTrajectory(num_steps=8, sampled_steps=sampled_steps)
+    every = replace(path, sampled_steps=None)(batch, process, batch.random(0), None, reference, NULL)
+    stored = {x.data_ptr(): x.numel() for step in every for x in (step.x_t, step.target) if x is not None}
+    compared = len(walk(path, batch, process, reference))
+    assert path.kept_latents * batch.latents.numel() == sum(stored.values()) + 3 * compared * batch.latents.numel()
 
 
 def test_sampled_nodes_keep_the_expected_sum(pair: Pair, process: DdpmProcess, policy: Predict, reference: Predict) -> None:

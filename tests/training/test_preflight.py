@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from diffpref.core.types import LossOutput, PreferenceBatch
+from diffpref.methods.inversion_dpo import InversionDPO
 from diffpref.models.backbone import Backbone
+from diffpref.paths.trajectory import InversionTrajectory
 from diffpref.training import machine, preflight, probe, run_costs
 from diffpref.training.loop import train
+from diffpref.training.objective import Objective
 from diffpref.training.preflight import Preflight
 from diffpref.training.run import Run
 from diffpref.training.step_cost import StepCost
@@ -123,6 +126,16 @@ def test_memory_that_no_setting_finds_is_said(prepare: Start, memory: Callable[[
     memory(1000)
     with pytest.raises(ValueError, match="lower resolution, or use a device with more memory"):
         prepare("run")
+
+
+def test_a_trajectory_that_does_not_fit_is_refused(prepare: Start, memory: Callable[[float], None]) -> None:
+    memory(3 * GB)
+    long = Objective(InversionDPO(), InversionTrajectory(num_steps=8, steps_at_once=4, guidance_scale=1))
+    with pytest.raises(ValueError, match=r"takes about 4\.0 GB of memory .* use --gradient_checkpointing selective \(2\.4 GB\)"):
+        prepare("run", long, method="inversion_dpo", train_batch_size=1)
+    memory(1000)
+    with pytest.raises(ValueError, match=r"trajectory \d+ kB.* lower resolution, steps_at_once \(4\) or num_steps \(8\), or use a device"):
+        prepare("run", long, method="inversion_dpo", train_batch_size=1)
 
 
 def test_a_full_disk_is_refused_before_training(prepare: Start, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, read_state: State) -> None:

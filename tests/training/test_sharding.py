@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from diffpref.methods.diffusion_dpo import DiffusionDPO
+from diffpref.methods.inversion_dpo import InversionDPO
 from diffpref.paths.inversion import DdimInversion
+from diffpref.paths.trajectory import InversionTrajectory
 from diffpref.training.config import TrainConfig
 from diffpref.training.loop import learn
 from diffpref.training.objective import Objective
@@ -122,6 +124,9 @@ def test_forward_passes_that_processes_do_not_make_together_are_refused() -> Non
     with pytest.raises(ValueError, match="equal_forwards"):
         check_sharding(config, Objective(DiffusionDPO(), DdimInversion()))
     check_sharding(config, Objective(DiffusionDPO(), DdimInversion(equal_forwards=True)))
+    with pytest.raises(ValueError, match="leave sampled_steps out, or use shard no"):
+        check_sharding(config, Objective(InversionDPO(), InversionTrajectory(sampled_steps=2)))
+    check_sharding(config, Objective(InversionDPO(), InversionTrajectory()))
 
 
 def test_one_process_is_refused(prepare: Callable[..., Run]) -> None:
