@@ -10,7 +10,7 @@ from torch import Tensor
 
 from diffpref.core.types import Evaluation, PathStep, PreferenceBatch
 from diffpref.guards.sdpo import SDPO
-from diffpref.methods import DMPO, DSPO, DiffusionDPO, MaPO
+from diffpref.methods import DMPO, DPOP, DRO, DSPO, LCPO, DiffusionDPO, InversionDPO, MaPO, Method, SmPO
 
 Case = tuple[PreferenceBatch, list[Evaluation]]
 
@@ -41,9 +41,17 @@ def test_scope(two_pairs: Case) -> None:
     assert SDPO(mu=0.4, scope="microbatch").factor(two_pairs[1]).tolist() == pytest.approx([0.57, 0.57], abs=1e-12)
 
 
-@pytest.mark.parametrize("method", [DiffusionDPO(beta=3), DMPO(beta=3), DSPO(beta=0.5), MaPO(snr=0.01)], ids=lambda m: type(m).__name__)
+PAIR_METHODS: list[Method] = [
+    *(DiffusionDPO(beta=3, loss_type=link) for link in ("sigmoid", "hinge", "ipo", "ipo_diffusers")),
+    DiffusionDPO(beta=3, label_smoothing=0.1),
+    DiffusionDPO(beta=3, label_smoothing=0.1, loss_type="robust"),
+    *(SmPO(beta=3, score=None), LCPO(beta=3), DPOP(beta=3), InversionDPO(beta=3), DMPO(beta=3), DSPO(beta=0.5), DRO(), MaPO(snr=0.01)),
+]
+
+
+@pytest.mark.parametrize("method", PAIR_METHODS, ids=lambda m: f"{type(m).__name__}-{getattr(m, 'loss_type', 'own')}")
 @pytest.mark.parametrize("scope", ["sample", "microbatch"])
-def test_any_pair_method_can_wear_it(method: DiffusionDPO, scope: str, many: Case) -> None:
+def test_any_pair_method_can_wear_it(method: Method, scope: str, many: Case) -> None:
     guard = SDPO(mu=0.5, scope=scope)  # type: ignore[arg-type]
     value, plain = gradient(method.loss, many)
     guarded_value, guarded = gradient(guard(method.loss), many)
