@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from accelerate import PartialState
 
+from diffpref.data.label_report import REPORT_FILE
 from diffpref.data.pairs import load_pairs
 from diffpref.data.prompts import PromptSet, load_prompt_set, own_prompts
 from diffpref.evaluation.generate import Images, generate
@@ -25,7 +26,6 @@ from diffpref.labelling.pairs import REJECTED_FILE, pair_up, score_shards
 from diffpref.labelling.relabel import score_pairs, write_labels
 
 SETTINGS_FILE = "label_settings.json"
-REPORT_FILE = "label_report.json"
 
 
 @dataclass(frozen=True, kw_only=True)

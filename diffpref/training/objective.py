@@ -6,6 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,11 +15,13 @@ from diffpref.core.scores import score_range
 from diffpref.core.types import Evaluation, LossOutput, PreferenceBatch
 from diffpref.data.forms import score_names
 from diffpref.data.groups import Grouping
+from diffpref.data.label_report import REPORT_FILE, stored_range
 from diffpref.data.pairs import PairDataset
 from diffpref.guards import GUARDS, Guard, guarded
 from diffpref.methods import METHODS, Method
 from diffpref.methods.recipes import RECIPES
-from diffpref.paths import PATHS, Path
+from diffpref.paths import PATHS
+from diffpref.paths import Path as LatentPath
 from diffpref.paths.forward import ForwardNoising
 from diffpref.sources import SOURCES
 from diffpref.sources.stepwise import StepwiseSampling
@@ -31,7 +34,7 @@ class Objective:
     """A method with everything it is trained with."""
 
     method: Method
-    path: Path = dataclasses.field(default_factory=ForwardNoising)
+    path: LatentPath = dataclasses.field(default_factory=ForwardNoising)
     guards: tuple[Guard, ...] = ()
     recipe: str | None = None  # its name in RECIPES, if it has one
     conditioning: Conditioning | None = None  # what the policy reads besides its prompt
@@ -157,10 +160,12 @@ def _classes(recipe: str, path: str | None, guards: Sequence[str]) -> Iterator[t
         yield CONDITIONINGS[line.conditioning], {}
 
 
-def fitted(objective: Objective, pairs: PairDataset) -> tuple[Objective, PairDataset]:
+def fitted(objective: Objective, pairs: PairDataset, folder: str | None = None) -> tuple[Objective, PairDataset]:
     """The objective with the facts it needs of the data, the range of a score that was not given; and the data with that score by name.
 
-    Raises ValueError when the data lacks the score, misses values of it, or has a constant one.
+    folder: of the data; the range of the whole data set is stored there if `diffpref label` made it. Else it is that of `pairs`.
+
+    Raises ValueError when the data lacks the score, misses values of it, has a constant one, or values outside of the stored range.
     """
     method: Any = objective.method
     name = getattr(method, "score", None)
@@ -178,4 +183,11 @@ def fitted(objective: Objective, pairs: PairDataset) -> tuple[Objective, PairDat
     low, high = score_range(torch.from_numpy(pairs.scores[name]), name)
     if not (hasattr(method, "score_min") and method.score_min is None and method.score_max is None):
         return objective, pairs
+    if folder and (whole := stored_range(Path(folder), score_names(name))):
+        if low < whole[0] or high > whole[1]:
+            raise ValueError(
+                f"the scores {name!r} of the data go from {low} to {high}, but {REPORT_FILE} says {whole[0]} to {whole[1]}; "
+                "score the pairs again with diffpref label, or give score_min and score_max"
+            )
+        low, high = whole
     return dataclasses.replace(objective, method=dataclasses.replace(method, score_min=low, score_max=high)), pairs

@@ -161,7 +161,7 @@ def load_run_data(
     sampling = objective.source
     if sampling is None:
         pairs, held_out = load_run_pairs(config, accelerator.is_main_process, objective.groups)
-        objective, pairs = fitted(objective, pairs)
+        objective, pairs = fitted(objective, pairs, config.train_data_dir)
         if objective.conditioning is None:
             return objective, RunPairs(pairs, held_out)
         port = new_port(objective.conditioning, config, pairs, held_out, accelerator.is_main_process)

@@ -142,6 +142,8 @@ def test_existing_pairs_get_scores_beside_their_label(existing: Path, tmp_path: 
     assert rejected[0]["reason"].startswith("jpg_1: not a JPEG")
     report = json.loads((tmp_path / "out" / "label_report.json").read_text())
     assert (report["pairs"], report["rejected"], report["ties"]) == (5, 1, 1)
+    values = [row[f"bright_{k}"] for row in rows for k in (0, 1)]
+    assert report["score_range"] == {"bright": [min(values), max(values)]}
 
 
 def test_every_row_that_is_set_aside_is_listed_with_its_reason(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -136,6 +137,29 @@ def test_scores_of_the_data_reach_the_method(
     if recipe == "smpo":
         assert (stored["score_min"], stored["score_max"]) == (0.0, 47.0)
     align(TrainConfig(**settings | {"resume_from_checkpoint": "latest"}), objective)  # the fitted range is no other setting
+
+
+def test_the_range_stored_with_the_data_is_that_of_the_method(base_settings: Settings, pairs_file: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    scored(pairs_file, folder).rename(folder / "train-00000.parquet")
+    settings = base_settings | {"train_data_dir": str(folder), "max_train_steps": 1, "max_train_samples": 8}
+    objective = build_objective("smpo", {"score": "pickscore", "num_steps": 2})
+
+    def fitted_range(name: str) -> tuple[float, float]:
+        align(TrainConfig(**settings | {"output_dir": str(tmp_path / name)}), objective)
+        found = yaml.safe_load((tmp_path / name / "diffpref_config.yaml").read_text())
+        return found["score_min"], found["score_max"]
+
+    assert fitted_range("rows") == (0.0, 15.0)  # of the rows that are trained on
+    (folder / "label_report.json").write_text(json.dumps({"score_range": {"pickscore": [-1.0, 60.0]}}))
+    assert fitted_range("stored") == (-1.0, 60.0)
+    (folder / "label_report.json").write_text(json.dumps({"score_range": {"pickscore": [0.0, 9.0]}}))
+    with pytest.raises(ValueError, match=r"go from 0\.0 to 15\.0, but label_report\.json says 0\.0 to 9\.0; score the pairs again"):
+        fitted_range("outside")
+    (folder / "label_report.json").write_text("{")
+    with pytest.raises(ValueError, match=r"label_report\.json is damaged"):
+        fitted_range("damaged")
 
 
 def test_a_constant_score_is_refused(base_settings: Settings, pairs_file: Path, tmp_path: Path) -> None:
