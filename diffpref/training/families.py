@@ -28,6 +28,7 @@ RENAMED: Mapping[str, str] = {
     "lambda_d_kto": "desirable_weight",
     "lambda_u_kto": "undesirable_weight",
     "halo": "value_function",
+    "bce_offset": "reference_point",
     "pick_split": "split",
     "ema_momentum": "ema_decay",
     "reference_ema_momentum": "reference_decay",
@@ -36,13 +37,19 @@ RENAMED: Mapping[str, str] = {
 }
 """Other scripts' names for our settings."""
 
+VALUES: Mapping[str, Mapping[str, str]] = {
+    "halo": {"sigmoid": "sigmoid", "loss_averse": "loss_averse", "risk_seeking_3": "risk_seeking"},
+    "bce_offset": {"none": "mean", "sigmoid": "class_means"},
+}
+"""Their values, where those have other names here; others of that flag are refused: they have no counterpart."""
+
 MEANING: Mapping[str, tuple[str, str]] = {
     "use_8bit_adam": ("optimizer", "adamw_8bit"),
     "use_adafactor": ("optimizer", "adafactor"),
     "enable_xformers_memory_efficient_attention": ("attention", "xformers"),
     "sft": ("method", "sft"),
     "use_lora": ("tune", "lora"),
-    "reference_ema": ("reference_update_steps", "1"),
+    "reference_ema": ("reference_update_steps", "20"),
 }
 """Switches of other scripts as (our setting, its value)."""
 
@@ -71,6 +78,9 @@ TRAINED: Mapping[str, Mapping[str, str]] = {
     "loss": {"kto": "diffusion_kto", "dpo": "diffusion_dpo", "sft": "sft"},
 }
 """Flags of other scripts that choose the method."""
+
+AVERAGED_EVERY = 20
+"""Updates of the Diffusion-KTO script from one moving average to the next."""
 
 FOREIGN: tuple[str, ...] = (*RENAMED, *MEANING, *WITHOUT_EFFECT, *CHECKED)
 """Every accepted flag that is no setting of ours."""
@@ -166,7 +176,9 @@ FAMILIES: Mapping[str, Family] = {
             "tracker_project_name": "diffusion-kto",
         },
         {},
-        _any_of("positive_ratio", "halo", "lambda_d_kto", "lambda_u_kto", "pick_split", "reference_ema", "reference_ema_momentum"),
+        _any_of(
+            "positive_ratio", "halo", "bce_offset", "lambda_d_kto", "lambda_u_kto", "pick_split", "reference_ema", "reference_ema_momentum"
+        ),
         "diffusers",
         ("diffusion_kto",),
     ),
@@ -301,11 +313,20 @@ def _renamed(given: Settings) -> Settings:
     for name, value in given.items():
         if name in WITHOUT_EFFECT or name in CHECKED or value == "" or (name in MEANING and not _is_on(given, name)):
             continue
-        ours, meant = MEANING.get(name, (RENAMED.get(name, name), value))
+        ours, meant = MEANING.get(name, (RENAMED.get(name, name), _value(name, value)))
         if ours in settings and (settings[ours] != meant or name not in MEANING):
             raise ValueError(f"--{origin[ours]} and --{name} both set {ours} ({settings[ours]} and {meant}); give one of them")
         settings[ours], origin[ours] = meant, name
     return settings
+
+
+def _value(flag: str, value: object) -> object:
+    """Our name of a value of another script's flag. Raises ValueError for one that has no counterpart."""
+    if flag not in VALUES or value in VALUES[flag].values():
+        return value
+    if value not in VALUES[flag]:
+        raise ValueError(f"{flag} is {value!r}, which is not here; accepted: {', '.join(VALUES[flag])} (our {RENAMED[flag]})")
+    return VALUES[flag][str(value)]
 
 
 def _is_sdxl(given: Settings, settings: Settings, name: str, model_family: Callable[[Settings], str]) -> bool:
@@ -349,9 +370,18 @@ def _idle(settings: Settings, name: str) -> list[str]:
         for switch, share, usual in (("use_ema", "ema_decay", 0.998), ("reference_update_steps", "reference_decay", 0.999)):
             if settings.get(switch):
                 settings.setdefault(share, usual)
+                if switch == "use_ema":
+                    notes.append(_every_update(settings, share))
             elif settings.pop(share, None) is not None:
                 notes.append(f"{share} is left out: nothing is averaged")
     return notes
+
+
+def _every_update(settings: Settings, share: str) -> str:
+    """That script averages at every 20th update, we at every one: the share that forgets as fast."""
+    theirs = settings[share]
+    settings[share] = float(str(theirs)) ** (1 / AVERAGED_EVERY)
+    return f"{share} {theirs} at every {AVERAGED_EVERY}th update of that script is {settings[share]:.6g} at every update here"
 
 
 def _steps_and_validation(given: Settings, settings: Settings, name: str) -> list[str]:

@@ -166,12 +166,13 @@ def after_update(run: Run, step: int, values: dict[str, float], pair_ids: list[s
 def check_untouched(run: Run, out: LossOutput) -> None:
     """At step 0 the policy is the reference: equal errors, margin 0, and a loss of log 2 for a pair."""
     warm = run.config.start_lora_as == "adapter"
-    if run.first_step or warm or "error/reference_chosen" not in out.metrics:
+    errors = [name for name in out.metrics if name.startswith("error/reference")]
+    if run.first_step or warm or not errors:
         why = "resumed run" if run.first_step else "started from an adapter" if warm else "no reference"
         run.say("check that the untouched policy equals the reference: skipped, " + why)
         return
-    for image in ("chosen", "rejected"):
-        policy, reference = (float(out.metrics[f"error/{who}_{image}"]) for who in ("policy", "reference"))
+    for name in errors:
+        policy, reference = (float(out.metrics[name.replace("reference", who)]) for who in ("policy", "reference"))
         if not abs(policy - reference) <= UNTOUCHED_LIMIT[run.accelerator.mixed_precision] * reference:
             raise ValueError(
                 f"before the first step the policy's error is {policy:.6g} and the reference's {reference:.6g}: "

@@ -1,4 +1,8 @@
-"""The published commands of MaPO, InPO, SmPO, Inversion-DPO, Diffusion-KTO and Diffusion-SDPO, word for word, in our settings."""
+"""The published commands of MaPO, InPO, SmPO, Inversion-DPO, Diffusion-KTO and Diffusion-SDPO, word for word, in our settings.
+
+Revisions: MaPO 374b3d3 (README), InPO a9cfc4d and SmPO 8922d54 (examples/sd15.sh), Inversion-DPO 3e2af58 (sdxl.sh), Diffusion-KTO
+226bbd0 (exps/example.sh), Diffusion-SDPO 84fb241 (scripts/train/sd15_dmpo.sh); the launcher's own flags stand before the script.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +15,13 @@ import pytest
 from diffpref import cli
 from diffpref.data.pairs import load_pairs
 from diffpref.training.config import TrainConfig
-from diffpref.training.families import detect
-from diffpref.training.objective import Objective, build_objective, fitted
+from diffpref.training.families import FOREIGN, detect
+from diffpref.training.objective import Objective, all_names, build_objective, fitted
 from diffpref.training.settings import build, names_of
 
 MAPO = (
     "--pretrained_model_name_or_path=stabilityai/stable-diffusion-xl-base-1.0 "
-    '--pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --output_dir="mapo" --mixed_precision="bf16" '
+    '--pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --output_dir="mapo" --mixed_precision="fp16" '
     "--dataset_name=kashif/pickascore --train_batch_size=8 --gradient_accumulation_steps=2 --gradient_checkpointing --use_8bit_adam "
     '--learning_rate=1e-5 --lr_scheduler="constant" --lr_warmup_steps=0 --max_train_steps=2000 --checkpointing_steps=500 --seed="0"'
 )
@@ -28,6 +32,9 @@ INPO = (
     '--lr_scheduler="constant_with_warmup" --lr_warmup_steps=200 --learning_rate=1e-8 --scale_lr --checkpointing_steps 50 '
     '--beta_dpo 2000 --output_dir="ddiminpo-sd15"'
 )
+SMPO = (
+    INPO.replace("max_train_steps=400", "max_train_steps=200").replace("warmup_steps=200", "warmup_steps=100").replace("ddiminpo", "smpo")
+)
 INVERSION = (
     '--pretrained_model_name_or_path="stabilityai/stable-diffusion-xl-base-1.0" --dataset_name=yuvalkirstain/pickapic_v2 '
     "--train_batch_size=1 --pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --dataloader_num_workers=0 "
@@ -37,12 +44,30 @@ INVERSION = (
 )
 KTO = (
     "--resolution 512 --pretrained_model_name_or_path=runwayml/stable-diffusion-v1-5 --train_data_dir=pick --pick_split train "
-    '--output_dir=out --mixed_precision="bf16" --dataset_name=kashif/pickascore --train_batch_size=2 --gradient_accumulation_steps=256 '
+    '--output_dir=out --mixed_precision="fp16" --dataset_name=kashif/pickascore --train_batch_size=2 --gradient_accumulation_steps=1 '
     '--gradient_checkpointing --use_8bit_adam --rank=8 --report_to="wandb" --lr_scheduler="constant" --learning_rate=1e-07 '
     '--lr_scheduler="constant_with_warmup" --lr_warmup_steps=200 --max_train_steps=20000 --checkpointing_steps=5000 --run_validation '
     '--validation_steps=50 --seed="0" --report_to="wandb" --checkpoints_total_limit 4 --policy gt_label_wi_l --dataloader pick --loss kto '
     "--halo sigmoid --positive_ratio 0.8 --enable_xformers_memory_efficient_attention --fixed_noise"
 )
+SDPO = (
+    "--pretrained_model_name_or_path=stable-diffusion-v1-5/stable-diffusion-v1-5 --dataset_name=yuvalkirstain/pickapic_v2 "
+    "--train_batch_size=8 --dataloader_num_workers=16 --gradient_accumulation_steps=32 --max_train_steps=2000 "
+    "--lr_scheduler='constant_with_warmup' --lr_warmup_steps=500 --learning_rate=1e-8 --scale_lr --checkpointing_steps 500 "
+    "--mixed_precision bf16 --allow_tf32 --output_dir output/sd15-dmpo --train_method dmpo --beta_dpo 2000 --dmpo_alpha 0.01 "
+    "--use_winner_preserving --winner_preserving_mu 0.9"
+)
+FLAGS = {
+    "mapo": "beta_mapo label_noise_prob snr_value remove_ties lora_rank push_to_hub tracker_name run_validation",
+    "inversion_dpo": "cache_dir_model num_inference_steps variant choice_model dreamlike_pairs_only unet_init use_adafactor noise_offset",
+    "inpo": "input_perturbation unet_init use_adafactor hard_skip_resume dreamlike_pairs_only image_column caption_column noise_offset",
+    "smpo": "input_perturbation unet_init use_adafactor hard_skip_resume dreamlike_pairs_only image_column caption_column noise_offset",
+    "diffusion_sdpo": "use_winner_preserving winner_preserving_mu dmpo_alpha train_method choice_model",
+    "diffusion_kto": "use_ema reference_ema reference_ema_momentum ema_momentum use_lora lambda_d_kto lambda_u_kto hub_token eval_metrics "
+    "prior_generation_precision rank dataloader policy positive_ratio halo loss bce_offset fixed_noise pick_split track_score h_pos h_neg "
+    "validation_prompt proportion_empty_prompts lr_num_cycles local_rank dataset_split_name",
+}
+"""Flags that the script has beyond those of Salesforce's and diffusers' scripts, and some that it shares with one of them."""
 
 
 @pytest.fixture
@@ -72,12 +97,19 @@ def test_mapo(read: Any) -> None:
     assert any("remove_ties needs nothing here" in note for note in notes)
 
 
+@pytest.mark.parametrize("script", list(FLAGS))
+def test_every_flag_of_the_script_is_known(script: str) -> None:
+    known = {*names_of(TrainConfig), *all_names(), *FOREIGN}
+    assert [flag for flag in FLAGS[script].split() if flag not in known] == []
+
+
 @pytest.mark.parametrize("method", ["inpo", "smpo"])
 def test_inpo_and_smpo_are_commands_of_the_salesforce_family(method: str, read: Any) -> None:
-    config, objective, notes = read(method, "sd", INPO)
+    config, objective, notes = read(method, "sd", {"inpo": INPO, "smpo": SMPO}[method])
     assert "Salesforce" in notes[0]
     assert (config.tune, config.unet_init, config.scale_lr, config.learning_rate) == ("full", "checkpoints/sd15-sft", True, 1e-8)
-    assert (config.proportion_empty_prompts, config.lr_warmup_steps, config.max_train_steps) == (0.2, 200, 400)
+    assert config.proportion_empty_prompts == 0.2
+    assert (config.lr_warmup_steps, config.max_train_steps) == {"inpo": (200, 400), "smpo": (100, 200)}[method]
     assert objective.method.beta == 2000
     assert objective.path.num_steps == {"inpo": 10, "smpo": 5}[method]
     sdxl, _, _ = read(method, "sdxl", INPO.replace("2000", "5000") + " --sdxl")
@@ -102,8 +134,19 @@ def test_diffusion_kto(read: Any) -> None:
     assert (config.lr_scheduler, config.proportion_empty_prompts, config.learning_rate) == ("constant_with_warmup", 0.2, 1e-7)
     assert any(note.startswith("rank is left out") for note in notes)
     config, objective, _ = read("diffusion_kto", "sd", KTO + " --beta_dpo 500 --use_lora --reference_ema --lambda_u_kto 2")
-    assert (config.tune, config.rank, config.reference_update_steps, config.reference_decay) == ("lora", 8, 1, 0.999)
+    assert (config.tune, config.rank, config.reference_update_steps, config.reference_decay) == ("lora", 8, 20, 0.999)
     assert (objective.method.beta, objective.method.undesirable_weight) == (1000, 2.0)
+    config, objective, notes = read(
+        "diffusion_kto", "sd", KTO.replace("halo sigmoid", "halo risk_seeking_3") + " --use_ema --bce_offset sigmoid"
+    )
+    assert (objective.method.value_function, objective.method.reference_point) == ("risk_seeking", "class_means")
+    assert config.ema_decay**20 == pytest.approx(0.998, rel=1e-12)
+    assert "ema_decay 0.998 at every 20th update of that script is 0.9999 at every update here" in notes
+    assert read("diffusion_kto", "sd", KTO + " --bce_offset none")[1].method.reference_point == "mean"
+    with pytest.raises(ValueError, match=r"bce_offset is 'original', which is not here; accepted: none, sigmoid \(our reference_point\)"):
+        read("diffusion_kto", "sd", KTO + " --bce_offset original")
+    with pytest.raises(ValueError, match=r"halo is 'risk_seeking_1', which is not here; accepted: sigmoid, loss_averse, risk_seeking_3"):
+        read("diffusion_kto", "sd", KTO.replace("halo sigmoid", "halo risk_seeking_1"))
     without = KTO.replace("--loss kto", "--loss sft").replace("--positive_ratio 0.8", "").replace("--halo sigmoid", "")
     _, plain, _ = read("diffusion_kto", "sd", without)
     assert plain.recipe == "sft"
@@ -113,9 +156,9 @@ def test_diffusion_kto(read: Any) -> None:
 
 def test_diffusion_sdpo(read: Any) -> None:
     words = "--pretrained_model_name_or_path m --train_data_dir d --train_method dmpo --dmpo_alpha 0.01 --beta_dpo 2000 --scale_lr "
-    _, objective, notes = read("dmpo", "sd", words + "--use_winner_preserving --winner_preserving_mu 0.6")
+    _, objective, notes = read("dmpo", "sd", SDPO)
     assert "Diffusion-SDPO" in notes[0]
-    assert (objective.method.alpha, objective.guards[0].mu, objective.guards[0].scope) == (0.01, 0.6, "microbatch")
+    assert (objective.method.alpha, objective.guards[0].mu, objective.guards[0].scope) == (0.01, 0.9, "microbatch")
     _, bare, _ = read("dmpo", "sd", words + "--winner_preserving_mu 0.6")
     assert bare.guards == ()
     with pytest.raises(ValueError, match="--train_method dmpo and --method dspo"):

@@ -248,8 +248,9 @@ def test_three_bad_updates_in_a_row_end_the_run(prepare: Start, read_state: Stat
 
 
 @pytest.mark.reliability("N5")
-def test_a_policy_that_differs_from_its_reference_is_refused(prepare: Start) -> None:
-    run = prepare("run", tune="full")
+@pytest.mark.parametrize("method", ["diffusion_dpo", "diffusion_kto", "rank_dpo"])
+def test_a_policy_that_differs_from_its_reference_is_refused(method: str, prepare: Start) -> None:
+    run = prepare("run", tune="full", method=method)
     with torch.no_grad():
         run.trainable["conv_in.weight"].add_(0.1)
     with pytest.raises(ValueError, match="policy and reference compute differently"):
