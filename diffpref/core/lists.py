@@ -2,22 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-
-def stacked(rows: Sequence[Sequence[float]], name: str) -> Tensor:
-    """One value per image of every group as float32 (G, K). Raises ValueError when the lists differ in length."""
-    lengths = sorted({len(row) for row in rows})
-    if len(lengths) != 1 or lengths[0] == 0:
-        raise ValueError(
-            f"{name} has lists of {' and '.join(map(str, lengths)) or 'no'} images; all groups of a batch need the same number: "
-            "cut the longer ones, or batch groups of one length together"
-        )
-    return torch.tensor(rows, dtype=torch.float32)
 
 
 def check_ranked(reward: Tensor, relevance: Tensor) -> None:

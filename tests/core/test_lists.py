@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from diffpref.core.lists import lambda_dcg, list_mle, pairwise, ranks, ranks_in_order, softmax_cross_entropy, stacked
+from diffpref.core.lists import lambda_dcg, list_mle, pairwise, ranks, ranks_in_order, softmax_cross_entropy
 
 REWARD = torch.tensor([[0.3, -0.2, 0.1, 0.4], [1.0, 1.0, -3.0, 0.0]], dtype=torch.float64)
 RELEVANCE = torch.tensor([[0.9, 0.1, 0.5, 0.0], [0.2, 0.2, 1.0, 0.2]], dtype=torch.float64)
@@ -63,13 +63,3 @@ def test_pairwise_counts_every_ordered_pair_once() -> None:
 def test_softmax_without_a_relevant_image_is_uniform() -> None:
     nothing = softmax_cross_entropy(REWARD, torch.zeros_like(RELEVANCE))
     torch.testing.assert_close(nothing, -REWARD.log_softmax(1).mean(1), rtol=1e-12, atol=0)
-
-
-def test_lists_of_unequal_length_are_refused() -> None:
-    assert torch.equal(stacked([[1, 2], [3, 4]], "scores"), torch.tensor([[1.0, 2.0], [3.0, 4.0]]))
-    with pytest.raises(ValueError, match="scores has lists of 2 and 3 images; all groups of a batch need the same number"):
-        stacked([[1, 2], [3, 4, 5]], "scores")
-    with pytest.raises(ValueError, match="scores has lists of 0 images"):
-        stacked([[], []], "scores")
-    with pytest.raises(ValueError, match="scores has lists of no images"):
-        stacked([], "scores")

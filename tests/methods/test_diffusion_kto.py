@@ -45,13 +45,40 @@ def test_gradient_leaves_the_reference_point_out(make_case: MakeCase) -> None:
     out, errors = run(make_case)
     out.per_group.mean().backward()
     assert errors.grad is not None
-    assert errors.grad.tolist() == pytest.approx([6.945431, -7.767742, 8.106072], abs=1e-5)
+    assert errors.grad.tolist() == pytest.approx([6.945431, -7.767742, 8.106072], abs=1e-6)
 
 
 def test_reference_point_is_not_below_zero(make_case: MakeCase) -> None:
     out, _ = run(make_case, [e + 0.02 for e in POLICY])
     assert float(out.metrics["diffusion_kto/reference_point"]) == 0
     assert float(out.per_group.mean().detach()) == pytest.approx(0.571494, abs=1e-6)
+
+
+@pytest.mark.parametrize("value_function", ["sigmoid", "loss_averse", "risk_seeking"])
+def test_gradient_agrees_with_finite_differences(value_function: str, make_case: MakeCase) -> None:
+    policy = [e + 0.02 for e in POLICY]  # where the reference point is 0, and stays there
+
+    def loss(errors: list[float]) -> tuple[Tensor, Tensor]:
+        out, leaf = run(make_case, errors, value_function=value_function)
+        return out.per_group.mean(), leaf
+
+    value, leaf = loss(policy)
+    value.backward()
+    assert leaf.grad is not None
+    for i in range(3):
+        up, down = (float(loss([e + s * 1e-6 * (k == i) for k, e in enumerate(policy)])[0].detach()) for s in (1, -1))
+        assert (up - down) / 2e-6 == pytest.approx(float(leaf.grad[i]), rel=1e-6)
+
+
+def test_the_opposite_label_turns_the_sign(make_case: MakeCase) -> None:
+    values = torch.tensor([e + 0.02 for e in POLICY], dtype=torch.float64).sqrt().reshape(3, 1, 1, 1, 1)
+    reference = torch.tensor(REFERENCE, dtype=torch.float64).sqrt().reshape(3, 1, 1, 1, 1)
+    labels = torch.tensor(LABELS, dtype=torch.float64)[:, None]
+    there, back = (
+        DiffusionKTO(beta=200.0).loss(*make_case(values, reference, 0 * reference, relevance=x)).per_group for x in (labels, 1 - labels)
+    )
+    assert torch.logit(there).abs().min() > 0.1
+    torch.testing.assert_close(torch.logit(back), -torch.logit(there), rtol=1e-12, atol=0)  # of 1 - sigmoid(v), which is sigmoid(-v)
 
 
 def test_weights_scale_their_label(make_case: MakeCase) -> None:

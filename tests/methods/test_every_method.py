@@ -246,6 +246,26 @@ def test_what_a_method_declares_is_what_it_uses(name: str, random_case: Callable
         torch.testing.assert_close(method.loss(batch, stored).per_group, method.loss(batch, [e]).per_group, rtol=1e-12, atol=1e-12)
 
 
+OF_DIFFERENCES = ("diffusion_dpo", "smoothed", "hinge", "ipo", "robust", "dmpo", "inversion_dpo", "lcpo", "odpo", "smpo", "smpo_scores")
+
+
+@pytest.mark.parametrize("name", [*OF_DIFFERENCES, "dense_reward", "lipo", "list_mle", "list_softmax", "list_hinge", "rank_dpo"])
+def test_rewards_of_all_images_may_be_shifted(name: str, random_case: Callable[..., Case]) -> None:
+    method, (batch, (e,)) = instance(name), random_case(3, FORMS[name].images)
+    assert e.reference is not None
+    known = (e.reference - e.step.target).detach().square().flatten(2).mean(-1)
+    there, shifted = (method.loss(batch, [replace(e, reference=None, reference_error=known + by)]).per_group for by in (0.0, 0.7))
+    torch.testing.assert_close(shifted, there, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", OF_DIFFERENCES)
+def test_margins_of_half_precision_predictions_are_close(name: str, random_case: Callable[..., Case]) -> None:
+    def margin(dtype: torch.dtype) -> float:
+        return float(instance(name).loss(*random_case(32, 2, dtype)).metrics["rewards/margins"])
+
+    assert margin(torch.bfloat16) == pytest.approx(margin(torch.float32), rel=0.01)
+
+
 MIXING = ("diffusion_dpo", "hinge", "ipo", "ipo_diffusers", "diffusion_kto", "dpop", "dro", "inversion_dpo", "lcpo", "mapo", "odpo")
 
 
