@@ -126,7 +126,8 @@ def cache(argv: list[str]) -> int:
 def _train_settings(argv: list[str]) -> tuple[dict[str, Any], Any, list[str]] | None:
     """(settings of the run, objective, what to say about their origin) of a training command; None after --help."""
     from diffpref.training.config import TrainConfig
-    from diffpref.training.families import FOREIGN, merged, translate, what_is_trained
+    from diffpref.training.families import merged, translate, what_is_trained
+    from diffpref.training.foreign_flags import FOREIGN
     from diffpref.training.help import train_help
     from diffpref.training.objective import all_names, build_objective, objective_names
     from diffpref.training.settings import convert, names_of, parse_flags, read_yaml

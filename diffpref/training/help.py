@@ -9,7 +9,8 @@ from diffpref.paths import PATHS
 from diffpref.sources import SOURCES
 from diffpref.training.conditioning import CONDITIONINGS
 from diffpref.training.config import TrainConfig
-from diffpref.training.families import FAMILIES, FOREIGN
+from diffpref.training.families import FAMILIES
+from diffpref.training.foreign_flags import FOREIGN
 from diffpref.training.settings import help_text
 
 

@@ -17,7 +17,8 @@ from diffpref import cli
 from diffpref.methods.diffusion_dpo import DiffusionDPO
 from diffpref.paths.forward import ForwardNoising
 from diffpref.training.config import TrainConfig
-from diffpref.training.families import FAMILIES, FOREIGN, MEANING, RENAMED, WITHOUT_EFFECT, Translated, detect, merged, translate
+from diffpref.training.families import FAMILIES, Translated, detect, merged, translate
+from diffpref.training.foreign_flags import FOREIGN, MEANING, RENAMED, WITHOUT_EFFECT
 from diffpref.training.objective import all_names
 from diffpref.training.settings import names_of
 

@@ -15,7 +15,8 @@ import pytest
 from diffpref import cli
 from diffpref.data.pairs import load_pairs
 from diffpref.training.config import TrainConfig
-from diffpref.training.families import FOREIGN, detect
+from diffpref.training.families import detect
+from diffpref.training.foreign_flags import FOREIGN
 from diffpref.training.objective import Objective, all_names, build_objective, fitted
 from diffpref.training.settings import build, names_of
 
