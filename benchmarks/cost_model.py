@@ -58,7 +58,7 @@ class Work:
     """Evaluations per picture beside its forward and backward pass."""
 
     reference: float = 1.0  # forward passes of the reference
-    inversion: float = 0.0  # of the policy, without gradient
+    inversion: float = 0.0  # of the policy, without gradient: its inversion, or the first of two passes over a trajectory
     trained: float = 1.0  # forward and backward passes
 
 
@@ -66,11 +66,13 @@ METHODS = {
     "mapo": Work(reference=0),
     "diffusion_dpo": Work(),
     "diffusion_dpo, stored errors": Work(reference=0),
-    "inpo": Work(inversion=5.48),
-    "smpo": Work(inversion=2 * 2.99),
-    "inversion_dpo": Work(reference=80, trained=80),
+    "inpo": Work(inversion=6.479),
+    "smpo": Work(inversion=2 * 3.989),
+    "inversion_dpo": Work(reference=2 * 80, inversion=80, trained=80),
 }
-"""Means over uniform timesteps; Inversion-DPO with 40 steps under guidance. DSPO, DMPO, DRO and the guards cost what Diffusion-DPO does."""
+"""Means over uniform timesteps on the exact grid; Inversion-DPO with 40 nodes under guidance.
+
+There the reference inverts and is compared, and the policy is asked twice. DSPO, DMPO and the guards cost what Diffusion-DPO does, DRO what MaPO does."""
 
 
 @dataclass(frozen=True)
