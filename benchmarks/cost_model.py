@@ -72,7 +72,8 @@ METHODS = {
 }
 """Means over uniform timesteps on the exact grid; Inversion-DPO with 40 nodes under guidance.
 
-There the reference inverts and is compared, and the policy is asked twice. DSPO, DMPO and the guards cost what Diffusion-DPO does, DRO what MaPO does."""
+There the reference inverts and is compared, and the policy is asked twice. DSPO, DMPO and the guards cost what Diffusion-DPO
+does, DRO what MaPO does."""
 
 
 @dataclass(frozen=True)
