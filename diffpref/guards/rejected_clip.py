@@ -28,7 +28,7 @@ class RejectedClip:
             raise ValueError(f"clip_ratio is {self.clip_ratio}; below 1 it would cut at the reference itself, usually 1.5")
 
     def __call__(self, loss: Loss) -> Loss:
-        """The loss on clipped evaluations. Raises ValueError when the method has no reference."""
+        """The loss on clipped evaluations. Raises ValueError when the method has no reference or no pairs."""
 
         def guarded(batch: PreferenceBatch, evals: Sequence[Evaluation]) -> LossOutput:
             clipped = [self._clipped(e) for e in evals]
@@ -41,6 +41,8 @@ class RejectedClip:
     def _clipped(self, evaluation: Evaluation) -> tuple[Evaluation, torch.Tensor]:
         """The evaluation with rejected predictions drawn towards the target where they are too far, and where that was, (G,)."""
         step, known = evaluation.step, evaluation.reference_error
+        if (images := evaluation.policy.shape[1]) != 2:
+            raise ValueError(f"guard rejected_clip needs pairs, but groups have {images} images; leave the guard out")
         if known is None and evaluation.reference is None:
             raise ValueError("guard rejected_clip compares with the reference, but the method has none; leave the guard out")
         if known is None:

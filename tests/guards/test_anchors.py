@@ -56,6 +56,9 @@ def test_rejected_clip(many: Case) -> None:
     ratio = 1.05
     m, r = policy_error([e]).detach(), reference_error([e])
     beyond = m[:, 1] > ratio * r[:, 1]
+    single = [replace(e, policy=e.policy[:, :1])]
+    with pytest.raises(ValueError, match="guard rejected_clip needs pairs, but groups have 1 images; leave the guard out"):
+        RejectedClip()(DPO.loss)(batch, single)
     assert beyond.any()
     assert not beyond.all()
     method = DiffusionDPO(beta=3)
