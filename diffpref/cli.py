@@ -180,7 +180,7 @@ def _check_used(settings: dict[str, Any], common: list[str], owned: list[str]) -
     for name, value in settings.items():
         if name not in (*common, *owned, "num_eval_prompts"):
             known = ", ".join(owned) or "none of its own"
-            raise ValueError(f"{name} is {value}, but it is no setting of method {settings.get('method')}; it has {known}")
+            raise ValueError(f"{name} is {value}, but it is no setting of method {settings.get('method')}; it has {known}. Leave it out")
         if settings.get("tune") == "full" and name in LORA_SETTINGS:
             raise ValueError(f"{name} is {value}, but tune is full, which has no adapter; leave it out or use tune lora")
 

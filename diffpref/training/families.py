@@ -10,10 +10,10 @@ manifest.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from diffpref.training.foreign_flags import CHECKED, MEANING, RENAMED, TRAINED, VALUES, WITHOUT_EFFECT
+from diffpref.training.foreign_flags import CHECKED, MEANING, ONLY, RENAMED, TRAINED, VALUES, WITHOUT_EFFECT
 from diffpref.training.settings import Settings
 
 AVERAGED_EVERY = 20
@@ -111,7 +111,9 @@ FAMILIES: Mapping[str, Family] = {
         },
         {},
         _any_of(
-            "positive_ratio", "halo", "bce_offset", "lambda_d_kto", "lambda_u_kto", "pick_split", "reference_ema", "reference_ema_momentum"
+            *("positive_ratio", "halo", "bce_offset", "lambda_d_kto", "lambda_u_kto", "pick_split", "reference_ema"),
+            *("reference_ema_momentum", "ema_momentum", "loss", "policy", "dataloader", "fixed_noise", "use_lora", "track_score"),
+            *("eval_metrics", "h_pos", "h_neg"),
         ),
         "diffusers",
         ("diffusion_kto",),
@@ -224,8 +226,8 @@ def translate(
     root = family.based_on or name
     notes += _halved_beta(given, settings, name, is_sdxl)
     notes += _steps_and_validation(given, settings, root)
-    notes += _idle(settings, name)
     known, base = set(fields), FAMILIES[root]
+    notes += _idle(settings, name, known)
     defaults = {**base.defaults, **(base.sdxl_defaults if is_sdxl else {}), **family.defaults, **(family.sdxl_defaults if is_sdxl else {})}
     if settings.get("tune", defaults["tune"]) == "full":
         defaults.pop("rank", None)
@@ -245,6 +247,8 @@ def _renamed(given: Settings) -> Settings:
     settings: Settings = {}
     origin: dict[str, str] = {}
     for name, value in given.items():
+        if name in ONLY and value != ONLY[name][0]:
+            raise ValueError(f"{name} is {value!r}, which is not here; accepted: {ONLY[name][0]}. {ONLY[name][1]}")
         if name in WITHOUT_EFFECT or name in CHECKED or value == "" or (name in MEANING and not _is_on(given, name)):
             continue
         ours, meant = MEANING.get(name, (RENAMED.get(name, name), _value(name, value)))
@@ -258,7 +262,7 @@ def _value(flag: str, value: object) -> object:
     """Our name of a value of another script's flag. Raises ValueError for one that has no counterpart."""
     if flag not in VALUES or value in VALUES[flag].values():
         return value
-    if value not in VALUES[flag]:
+    if str(value) not in VALUES[flag]:
         raise ValueError(f"{flag} is {value!r}, which is not here; accepted: {', '.join(VALUES[flag])} (our {RENAMED[flag]})")
     return VALUES[flag][str(value)]
 
@@ -291,9 +295,13 @@ def _halved_beta(given: Settings, settings: Settings, name: str, is_sdxl: bool) 
     return [f"beta_dpo {given['beta_dpo']} of the {script} script is beta {settings['beta']:g} here: that script leaves the factor 1/2 out"]
 
 
-def _idle(settings: Settings, name: str) -> list[str]:
+def _idle(settings: Settings, name: str, known: Container[str]) -> list[str]:
     """Settings that the later scripts accept and do not use, left out with a note; and which of their scripts is meant."""
     notes = []
+    for extra in ("noise_offset", "input_perturbation"):
+        if extra in settings and extra not in known and str(settings[extra]) in ("0", "0.0"):
+            del settings[extra]
+            notes.append(f"{extra} 0 is left out: this method adds no noise that it would change")
     if name == "mapo" and "rank" in settings:
         settings.setdefault("tune", "lora")  # its LoRA script shares all flags with the other one
     if name == "diffusion_kto":
@@ -306,6 +314,10 @@ def _idle(settings: Settings, name: str) -> list[str]:
                 settings.setdefault(share, usual)
                 if switch == "use_ema":
                     notes.append(_every_update(settings, share))
+                else:
+                    notes.append(
+                        f"{share} {settings[share]} holds from the start here; that script's reference begins as a copy and slows down"
+                    )
             elif settings.pop(share, None) is not None:
                 notes.append(f"{share} is left out: nothing is averaged")
     return notes

@@ -59,6 +59,14 @@ WITHOUT_EFFECT: Mapping[str, str] = {
 }
 """Flags that are accepted and need nothing, with the reason."""
 
+ONLY: Mapping[str, tuple[str, str]] = {
+    "policy": (
+        "gt_label_wi_l",
+        "For another rule, give single pictures with labels of your own (form labelled in docs/data.md) and leave it out",
+    ),
+}
+"""Flags without effect whose one value describes what we do: (the value, the way to anything else, which is refused)."""
+
 CHECKED = ("sdxl", "run_validation", "train_method", "use_winner_preserving", "loss")
 """Flags that are looked at here and are no settings of ours."""
 

@@ -1,4 +1,6 @@
-"""The published commands of MaPO, InPO, SmPO, Inversion-DPO, Diffusion-KTO and Diffusion-SDPO, word for word, in our settings.
+"""The published commands of MaPO, InPO, SmPO, Inversion-DPO, Diffusion-KTO and Diffusion-SDPO in our settings.
+
+Word for word but for variables, which are filled in, and folders that are empty or belong to the authors' machines.
 
 Revisions: MaPO 374b3d3 (README), InPO a9cfc4d and SmPO 8922d54 (examples/sd15.sh), Inversion-DPO 3e2af58 (sdxl.sh), Diffusion-KTO
 226bbd0 (exps/example.sh), Diffusion-SDPO 84fb241 (scripts/train/sd15_dmpo.sh); the launcher's own flags stand before the script.
@@ -16,7 +18,7 @@ from diffpref import cli
 from diffpref.data.pairs import load_pairs
 from diffpref.training.config import TrainConfig
 from diffpref.training.families import detect
-from diffpref.training.foreign_flags import FOREIGN
+from diffpref.training.foreign_flags import FOREIGN, RENAMED
 from diffpref.training.objective import Objective, all_names, build_objective, fitted
 from diffpref.training.settings import build, names_of
 
@@ -71,6 +73,13 @@ FLAGS = {
 """Flags that the script has beyond those of Salesforce's and diffusers' scripts, and some that it shares with one of them."""
 
 
+SHARED = (
+    *("revision", "cache_dir", "max_train_samples", "resolution", "random_crop", "no_hflip", "logging_dir", "num_train_epochs"),
+    *("resume_from_checkpoint", "adam_beta1", "adam_weight_decay", "max_grad_norm", "report_to", "hub_model_id", "local_rank"),
+)
+"""Flags of all these scripts."""
+
+
 @pytest.fixture
 def read(monkeypatch: pytest.MonkeyPatch) -> Any:
     """read(method of the script, family of the model, command) -> (settings, objective, notes)."""
@@ -104,6 +113,32 @@ def test_every_flag_of_the_script_is_known(script: str) -> None:
     assert [flag for flag in FLAGS[script].split() if flag not in known] == []
 
 
+@pytest.mark.parametrize("script", list(FLAGS))
+def test_no_flag_of_the_script_belongs_to_other_methods_only(script: str, read: Any) -> None:
+    method = {"diffusion_sdpo": "dmpo"}.get(script, script)
+    command = {"mapo": MAPO, "inversion_dpo": INVERSION, "inpo": INPO, "smpo": SMPO, "diffusion_sdpo": SDPO, "diffusion_kto": KTO}[script]
+    refused = {}
+    for flag in dict.fromkeys((*SHARED, *FLAGS[script].split())):
+        try:
+            read(method, "sdxl" if "xl" in command else "sd", f"{command} --{flag}=0")
+        except ValueError as error:  # 0 is not for every flag; what is refused is named, and neither unknown nor foreign
+            refused[flag] = str(error)
+    for flag, said in refused.items():
+        assert flag in said or RENAMED.get(flag, flag) in said
+        assert "is not a setting" not in said
+        assert "is no setting" not in said
+
+
+@pytest.mark.parametrize("method", ["inpo", "smpo", "inversion_dpo"])
+@pytest.mark.parametrize("flag", ["noise_offset", "input_perturbation"])
+def test_noise_that_inversion_would_not_use_is_refused(flag: str, method: str, read: Any) -> None:
+    command = INVERSION if method == "inversion_dpo" else INPO
+    _, _, notes = read(method, "sdxl", f"{command} --sdxl --{flag} 0")
+    assert any(note.startswith(f"{flag} 0 is left out") for note in notes)
+    with pytest.raises(ValueError, match=rf"{flag} is 0\.1, but it is no setting of method {method}.*\. Leave it out"):
+        read(method, "sdxl", f"{command} --sdxl --{flag} 0.1")
+
+
 @pytest.mark.parametrize("method", ["inpo", "smpo"])
 def test_inpo_and_smpo_are_commands_of_the_salesforce_family(method: str, read: Any) -> None:
     config, objective, notes = read(method, "sd", {"inpo": INPO, "smpo": SMPO}[method])
@@ -134,8 +169,9 @@ def test_diffusion_kto(read: Any) -> None:
     assert (objective.method.beta, objective.method.value_function, objective.groups) == (2000, "sigmoid", "images")
     assert (config.lr_scheduler, config.proportion_empty_prompts, config.learning_rate) == ("constant_with_warmup", 0.2, 1e-7)
     assert any(note.startswith("rank is left out") for note in notes)
-    config, objective, _ = read("diffusion_kto", "sd", KTO + " --beta_dpo 500 --use_lora --reference_ema --lambda_u_kto 2")
+    config, objective, notes = read("diffusion_kto", "sd", KTO + " --beta_dpo 500 --use_lora --reference_ema --lambda_u_kto 2")
     assert (config.tune, config.rank, config.reference_update_steps, config.reference_decay) == ("lora", 8, 20, 0.999)
+    assert any(note.startswith("reference_decay 0.999 holds from the start here") for note in notes)
     assert (objective.method.beta, objective.method.undesirable_weight) == (1000, 2.0)
     config, objective, notes = read(
         "diffusion_kto", "sd", KTO.replace("halo sigmoid", "halo risk_seeking_3") + " --use_ema --bce_offset sigmoid"
@@ -148,6 +184,8 @@ def test_diffusion_kto(read: Any) -> None:
         read("diffusion_kto", "sd", KTO + " --bce_offset original")
     with pytest.raises(ValueError, match=r"halo is 'risk_seeking_1', which is not here; accepted: sigmoid, loss_averse, risk_seeking_3"):
         read("diffusion_kto", "sd", KTO.replace("halo sigmoid", "halo risk_seeking_1"))
+    with pytest.raises(ValueError, match=r"policy is 'gt_label_w_l', which is not here; accepted: gt_label_wi_l\. For another rule"):
+        read("diffusion_kto", "sd", KTO.replace("gt_label_wi_l", "gt_label_w_l"))
     without = KTO.replace("--loss kto", "--loss sft").replace("--positive_ratio 0.8", "").replace("--halo sigmoid", "")
     _, plain, _ = read("diffusion_kto", "sd", without)
     assert plain.recipe == "sft"
@@ -174,6 +212,8 @@ def test_a_family_that_is_based_on_another_one_wins() -> None:
     assert detect({"use_8bit_adam"}, "diffusion_dpo") == "diffusers"
     assert detect({"sdxl", "num_inference_steps"}) == "inversion_dpo"
     assert detect({"learning_rate"}, "mapo") == "diffpref"
+    for flag in ("loss", "policy", "dataloader", "fixed_noise", "use_lora", "ema_momentum", "track_score", "eval_metrics", "h_pos"):
+        assert detect({flag, "beta_dpo", "use_8bit_adam"}) == "diffusion_kto"
     with pytest.raises(ValueError, match="two families"):
         detect({"beta_mapo", "num_inference_steps"})
 
