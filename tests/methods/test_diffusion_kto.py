@@ -45,7 +45,11 @@ def test_gradient_leaves_the_reference_point_out(make_case: MakeCase) -> None:
     out, errors = run(make_case)
     out.per_group.mean().backward()
     assert errors.grad is not None
-    assert errors.grad.tolist() == pytest.approx([6.945431, -7.767742, 8.106072], abs=1e-6)
+    assert errors.grad.tolist() == pytest.approx([6.945431, -7.767742, 8.106072], abs=5.1e-7)  # six decimals are given
+    z_0 = max(0.0, sum(r - p for p, r in zip(POLICY, REFERENCE, strict=True)) / 3)
+    signs = [2 * y - 1 for y in LABELS]
+    h = [1 / (1 + math.exp(-100 * y * (r - p - z_0))) for y, p, r in zip(signs, POLICY, REFERENCE, strict=True)]
+    assert errors.grad.tolist() == pytest.approx([100 * y * x * (1 - x) / 3 for y, x in zip(signs, h, strict=True)], rel=1e-12)
 
 
 def test_reference_point_is_not_below_zero(make_case: MakeCase) -> None:
