@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
@@ -20,10 +22,11 @@ from diffpref.models.backbone import load_pipeline
 from diffpref.testbed import leaderboard
 from diffpref.testbed.cost import counted_evaluations, update_cost
 from diffpref.testbed.labellings import relabelled
-from diffpref.testbed.leaderboard import LeaderboardConfig, Work, choose, do_run, is_done, prepared, run_leaderboard
+from diffpref.testbed.leaderboard import LeaderboardConfig, Work, choose, do_run, is_done, prepared, run_leaderboard, with_latents
 from diffpref.testbed.protocol import Protocol, Run, load_protocol
 from diffpref.testbed.standings import FINDINGS, spearman, write_standings
 from diffpref.testbed.stored_runs import Results
+from diffpref.training.align import align
 
 PROMPTS = 6
 
@@ -258,6 +261,22 @@ def test_a_run_leaves_its_file_and_is_not_repeated(tmp_path: Path) -> None:
     other = work_of(protocol, run, tmp_path, {"learning_rate": 1e-3, "beta": 300})
     with pytest.raises(ValueError, match="was measured with"):
         is_done(other)
+
+
+def test_lists_are_encoded_with_the_held_out_pairs_of_their_seed(tmp_path: Path) -> None:
+    pairs = pq.read_table(asset("testbed", "pairs") / "own.parquet").slice(0, 60)
+    first, second = pairs.column("jpg_0").to_pylist(), pairs.column("jpg_1").to_pylist()
+    images = [[first[2 * i], second[2 * i], first[2 * i + 1], second[2 * i + 1]] for i in range(30)]
+    lists = {"images": images, "ranks": [[1, 2, 3, 4]] * 30, "caption": pairs.column("caption").to_pylist()[::2]}
+    (tmp_path / "lists").mkdir()
+    pq.write_table(pa.table(lists), tmp_path / "lists" / "own.parquet")
+    protocol = small_protocol("rank_dpo", common=load_protocol().common | {"held_out_pairs": 8})
+    for seed in (0, 1):
+        run = Run(method="rank_dpo", regime="own", labels="given", budget="pairs", seed=seed)
+        work = dataclasses.replace(work_of(protocol, run, tmp_path, protocol.entries["rank_dpo"].grid[0]), data=str(tmp_path / "lists"))
+        config, objective = prepared(work, tmp_path / run.name, 1)
+        align(with_latents(config, objective, work), objective)
+        assert (tmp_path / run.name / "unet").exists()
 
 
 def test_bad_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
