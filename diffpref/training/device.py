@@ -23,9 +23,8 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def new_accelerator(config: TrainConfig) -> Accelerator:
     """Raises ValueError for settings that this machine cannot run, and for ranks that do not know of each other."""
     logs = Path(str(config.output_dir)) / config.logging_dir
-    for engine, name in (("ACCELERATE_USE_DEEPSPEED", "DeepSpeed"), ("ACCELERATE_USE_MEGATRON_LM", "Megatron-LM")):
-        if os.environ.get(engine, "false").lower() in ("true", "1"):
-            raise ValueError(f"the launcher asks for {name}, which is not supported; use configs/accelerate/ddp.yaml or fsdp2.yaml")
+    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() in ("true", "1"):
+        raise ValueError("the launcher asks for Megatron-LM, which is not supported; use configs/accelerate/ddp.yaml or fsdp2.yaml")
     on_cpu = not torch.cuda.is_available()  # also on a Mac, whose GPU has no float64 for the noise tables
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"
     check_precision(config, precision, on_cpu)

@@ -261,7 +261,9 @@ def prepared(
 
 def launched(config: TrainConfig, notes: Sequence[str]) -> tuple[TrainConfig, list[str]]:
     """The settings with what the launcher asks for, and the lines that the user should see. Raises ValueError as check_optimizer does."""
-    return dataclasses.replace(config, shard=asked_by_launcher() or config.shard), [*notes, *check_optimizer(config)]
+    asked = asked_by_launcher()
+    told = [f"shard {asked}, as the launcher asks; torch's fully_shard splits"] if asked else []
+    return dataclasses.replace(config, shard=asked or config.shard), [*notes, *told, *check_optimizer(config)]
 
 
 def begin(run: Run, preflight: Preflight, source: Begin, data: RunPairs | RunPrompts, notes: Sequence[str]) -> None:

@@ -22,24 +22,45 @@ if TYPE_CHECKING:
 
 UNITS = ("BasicTransformerBlock", "ResnetBlock2D")
 """Classes whose weights are gathered together, when they are needed; all others belong to the whole model's unit."""
-_LAUNCHER = "ACCELERATE_USE_FSDP"
+_FSDP, _DEEPSPEED = "ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"
+_STAGES: dict[str, Literal["weights", "gradients"]] = {"2": "gradients", "3": "weights"}
 
 
 def asked_by_launcher() -> Literal["weights", "gradients"] | None:
-    """What a configuration of accelerate for FSDP asks for, as a value of `shard`; the request is then taken over from accelerate.
+    """What a configuration of accelerate for FSDP or DeepSpeed asks for, as a value of `shard`; the request is then taken over.
 
-    accelerate's own wrapper prepares one model, on GPUs only, and leaves a frozen reference whole. Raises ValueError for FSDP1 and for
-    weights kept in RAM.
+    accelerate's wrapper for FSDP prepares one model, on GPUs only, and leaves a frozen reference whole. Of DeepSpeed, ZeRO-2 splits what
+    `gradients` splits and ZeRO-3 what `weights` splits; torch does both. Raises ValueError for FSDP1, for other stages of ZeRO, for a
+    DeepSpeed file of its own and for weights or optimizer state kept in RAM.
     """
-    if os.environ.get(_LAUNCHER, "false").lower() not in ("true", "1"):
+    if _is_set(_DEEPSPEED):
+        return _deepspeed_stage()
+    if not _is_set(_FSDP):
         return None
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise ValueError(f"fsdp_version is {version}; this program shards with version 2: see configs/accelerate/fsdp2.yaml")
-    if os.environ.get("FSDP_OFFLOAD_PARAMS", "false").lower() in ("true", "1"):
+    if _is_set("FSDP_OFFLOAD_PARAMS"):
         raise ValueError("fsdp_offload_params is true, which is not supported; set it to false")
-    os.environ[_LAUNCHER] = "false"
-    return "weights" if os.environ.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower() in ("true", "1") else "gradients"
+    os.environ[_FSDP] = "false"
+    return "weights" if _is_set("FSDP_RESHARD_AFTER_FORWARD", "true") else "gradients"
+
+
+def _is_set(name: str, otherwise: str = "false") -> bool:
+    return os.environ.get(name, otherwise).lower() in ("true", "1")
+
+
+def _deepspeed_stage() -> Literal["weights", "gradients"]:
+    for part in ("config_file", "offload_optimizer_device", "offload_param_device"):
+        value = os.environ.get(f"ACCELERATE_DEEPSPEED_{part.upper()}", "none")
+        if value.lower() != "none":
+            setting = f"deepspeed_{part}" if part == "config_file" else part
+            raise ValueError(f"{setting} is {value}, which is not supported; leave it out: see configs/accelerate/deepspeed_zero2.yaml")
+    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
+    if stage not in _STAGES:
+        raise ValueError(f"zero_stage is {stage}; accepted: 2, 3. To split nothing, use configs/accelerate/ddp.yaml")
+    os.environ[_DEEPSPEED] = "false"
+    return _STAGES[stage]
 
 
 def check_sharding(config: TrainConfig, objective: Objective) -> None:
@@ -74,7 +95,7 @@ def share_out(config: TrainConfig, module: nn.Module, frozen_copy: nn.Module | N
     outline = copy.deepcopy(module, dict(empty))
     for part in (module, frozen_copy):
         if part is not None:
-            _split(part, again=config.shard == "weights")
+            _split(part, again=config.shard == "weights" or part is frozen_copy)  # no backward pass would ever drop gathered frozen weights
     return outline
 
 

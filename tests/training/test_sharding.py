@@ -16,7 +16,7 @@ import pytest
 import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from diffusers import UNet2DConditionModel
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -76,7 +76,8 @@ def test_gradients_are_those_of_the_joined_batch(tune: str, ranks: Path, prepare
     path = ranks / f"{tune}-gradients" / "gradients.safetensors"
     assert relative(load_file(path), joined) < 1e-5
     with safe_open(path, "pt") as file:
-        assert float(file.metadata()["share"]) == pytest.approx(0.5, abs=0.1)
+        shares = {name: float(value) for name, value in file.metadata().items()}
+    assert shares == pytest.approx({"share": 0.5} | ({"frozen_share": 0.5} if tune == "full" else {}), abs=0.1)
 
 
 def test_a_checkpoint_of_two_processes_goes_on_in_two_and_in_one(
@@ -160,7 +161,13 @@ def test_other_requests_of_the_launcher_are_refused(name: str, value: str, monke
 def test_the_configurations_are_ones_that_accelerate_reads() -> None:
     found = {path.stem: load_config_from_file(str(path)) for path in sorted((ROOT / "configs" / "accelerate").glob("*.yaml"))}
     kinds = {name: (config.distributed_type.value, config.num_machines, config.num_processes) for name, config in found.items()}
-    assert kinds == {"single": ("NO", 1, 1), "ddp": ("MULTI_GPU", 1, 2), "fsdp2": ("FSDP", 1, 2), "multi_node": ("MULTI_GPU", 8, 64)}
+    assert kinds == {
+        "single": ("NO", 1, 1),
+        "ddp": ("MULTI_GPU", 1, 2),
+        "fsdp2": ("FSDP", 1, 2),
+        "deepspeed_zero2": ("DEEPSPEED", 1, 2),
+        "multi_node": ("MULTI_GPU", 8, 64),
+    }
 
 
 def test_the_launcher_hands_the_request_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,3 +177,33 @@ def test_the_launcher_hands_the_request_on(monkeypatch: pytest.MonkeyPatch) -> N
         if name.startswith(("FSDP_", "ACCELERATE_USE_FSDP")):
             monkeypatch.setenv(name, value)
     assert asked_by_launcher() == "weights"
+
+
+@pytest.mark.parametrize(("stage", "expected"), [("2", "gradients"), ("3", "weights")])
+def test_zero_of_deepspeed_is_split_by_torch(stage: str, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = str(ROOT / "configs" / "accelerate" / "deepspeed_zero2.yaml")
+    words = ["--config_file", config, "--zero_stage", stage, "train.py"]
+    arguments, _, _ = _validate_launch_command(launch_command_parser().parse_args(words))
+    arguments.deepspeed_fields_from_accelerate_config = ""
+    _, environment = prepare_deepspeed_cmd_env(arguments)
+    for name, value in environment.items():
+        if name.startswith(("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_DEEPSPEED")):
+            monkeypatch.setenv(name, value)
+    assert asked_by_launcher() == expected
+    assert asked_by_launcher() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("ZERO_STAGE", "1", "zero_stage is 1; accepted: 2, 3"),
+        ("OFFLOAD_OPTIMIZER_DEVICE", "cpu", "offload_optimizer_device is cpu"),
+        ("OFFLOAD_PARAM_DEVICE", "nvme", "offload_param_device is nvme"),
+        ("CONFIG_FILE", "ds.json", "deepspeed_config_file is ds.json"),
+    ],
+)
+def test_other_requests_for_deepspeed_are_refused(name: str, value: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv(f"ACCELERATE_DEEPSPEED_{name}", value)
+    with pytest.raises(ValueError, match=message):
+        asked_by_launcher()
