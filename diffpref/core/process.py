@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -24,6 +24,7 @@ class DdpmProcess:
     alphas_cumprod: Tensor  # (T,) float64, the squared alpha
     prediction_type: PredictionType = "epsilon"
     trained_at: tuple[int, ...] | None = None  # the timesteps that the model is trained at; all when None
+    _copies: dict[torch.device, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)  # of the table, by device
 
     @classmethod
     def from_betas(cls, betas: Tensor | Sequence[float], prediction_type: str = "epsilon") -> DdpmProcess:
@@ -62,11 +63,11 @@ class DdpmProcess:
 
     def alpha(self, t: Tensor) -> Tensor:
         """Signal coefficient at int64 timesteps, float64, same shape and device as t."""
-        return self.alphas_cumprod.to(t.device)[t].sqrt()
+        return self._table(t.device)[t].sqrt()
 
     def sigma(self, t: Tensor) -> Tensor:
         """Noise coefficient at int64 timesteps, float64, same shape and device as t."""
-        return (1 - self.alphas_cumprod.to(t.device)[t]).sqrt()
+        return (1 - self._table(t.device)[t]).sqrt()
 
     def log_snr(self, t: Tensor) -> Tensor:
         """log(alpha^2 / sigma^2) at int64 timesteps, float64, same shape and device as t."""
@@ -123,12 +124,22 @@ class DdpmProcess:
         if not bool((p < t).all()):
             raise ValueError("a transition goes from t to a lower level p; some p is not below its t")
         alpha, sigma, alpha_p, sigma_p = self.alpha(t), self.sigma(t), self.alpha(p), self.sigma(p)
-        std = eta * sigma_p / sigma * (1 - (alpha / alpha_p) ** 2).sqrt()
+        std = eta * self.ancestral_std(t, p)
         direct = (sigma_p**2 - std**2).clamp(min=0).sqrt()  # coefficient of the noise that is kept
         if self.prediction_type == "epsilon":
             scale = alpha_p / alpha
             return scale, direct - scale * sigma, std
         return alpha_p * alpha + direct * sigma, direct * alpha - alpha_p * sigma, std
+
+    def ancestral_std(self, t: Tensor, p: Tensor) -> Tensor:
+        """std of the step from t to p < t with eta 1, float64, same shape as t; not a number where p is above t."""
+        return self.sigma(p) / self.sigma(t) * (1 - (self.alpha(t) / self.alpha(p)) ** 2).sqrt()
+
+    def _table(self, device: torch.device) -> Tensor:
+        """alphas_cumprod on a device; copied there once, as a copy waits for the device."""
+        if device not in self._copies:
+            self._copies[device] = self.alphas_cumprod.to(device)
+        return self._copies[device]
 
     @staticmethod
     def _mix(coefficient: Tensor, x: Tensor) -> Tensor:

@@ -38,6 +38,13 @@ def permutation(length: int, seed: int, purpose: str, *key: int | str) -> Tensor
     return torch.randperm(length, generator=generator(seed, purpose, *key))
 
 
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """What was drawn or read on the CPU, on `device`. To a GPU through pinned memory, so that nothing waits for the GPU."""
+    if x.device == device or device.type == "cpu":
+        return x.to(device)
+    return (x.pin_memory() if device.type == "cuda" and x.device.type == "cpu" else x).to(device, non_blocking=True)
+
+
 def normal(shape: Sequence[int], seed: int, purpose: str, *key: int | str) -> Tensor:
     """Standard normal float32 of `shape`."""
     return torch.randn(tuple(shape), generator=generator(seed, purpose, *key))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from diffpref.core.process import DdpmProcess
-from diffpref.core.random import PairRandom
+from diffpref.core.random import PairRandom, moved
 from diffpref.core.types import Conditioning, PathStep, Predict, PreferenceBatch
 
 
@@ -41,11 +42,11 @@ class ForwardNoising:
         """Noise the latents (G, K, C, h, w) at t uniform over process.timesteps; a single PathStep of weight 1. Asks no network."""
         x_0 = batch.latents
         levels = process.timesteps
-        t = levels[draws.integers("timestep", len(levels))].to(x_0.device)[:, None].expand(batch.group_shape)
+        t = moved(levels[draws.integers("timestep", len(levels))], x_0.device)[:, None].expand(batch.group_shape)
         noise = self._noise(x_0, draws)
         seen = noise
         if self.input_perturbation:
-            extra = draws.normal("input_perturbation", x_0.shape[2:]).to(x_0)[:, None]
+            extra = moved(draws.normal("input_perturbation", x_0.shape[2:]), x_0.device).to(x_0.dtype)[:, None]
             seen = noise + self.input_perturbation * extra
         weight = torch.ones(batch.group_shape, device=x_0.device)
         log_snr = process.log_snr(t).float()
@@ -53,10 +54,11 @@ class ForwardNoising:
 
     def _noise(self, x_0: Tensor, draws: PairRandom) -> Tensor:
         """Like x_0, shared within a group or not."""
-        if self.shared_noise:
-            noise = draws.normal("noise", x_0.shape[2:]).to(x_0)[:, None].expand_as(x_0)
-        else:
-            noise = draws.normal("noise_per_image", x_0.shape[1:]).to(x_0)
+
+        def drawn(purpose: str, shape: Sequence[int]) -> Tensor:
+            return moved(draws.normal(purpose, shape), x_0.device).to(x_0.dtype)
+
+        noise = drawn("noise", x_0.shape[2:])[:, None].expand_as(x_0) if self.shared_noise else drawn("noise_per_image", x_0.shape[1:])
         if self.noise_offset:
-            noise = noise + self.noise_offset * draws.normal("noise_offset", (x_0.shape[2], 1, 1)).to(x_0)[:, None]
+            noise = noise + self.noise_offset * drawn("noise_offset", (x_0.shape[2], 1, 1))[:, None]
         return noise

@@ -24,7 +24,7 @@ from torch import Tensor
 from diffpref.core.distributed import all_max
 from diffpref.core.policy import guided
 from diffpref.core.process import DdpmProcess, like
-from diffpref.core.random import PairRandom
+from diffpref.core.random import PairRandom, moved
 from diffpref.core.types import Conditioning, PathStep, Predict, PreferenceBatch
 
 Move = tuple[int, int, int]
@@ -83,7 +83,7 @@ class DdimInversion:
         levels = process.timesteps[draws.integers("timestep", len(process.timesteps))]
         x_0 = batch.latents.to(torch.promote_types(batch.latents.dtype, torch.float32))
         x_t = self.invert(predict, process, x_0, levels.tolist(), batch.cond, draws)
-        t = levels.to(x_0.device)[:, None].expand(batch.group_shape)
+        t = moved(levels, x_0.device)[:, None].expand(batch.group_shape)
         noise = (x_t - like(process.alpha(t).to(x_0.dtype), x_0) * x_0) / like(process.sigma(t).to(x_0.dtype), x_0)
         weight = torch.ones(batch.group_shape, device=x_0.device)
         return (PathStep(x_t, t, process.target(x_0, noise, t), weight, process.log_snr(t).float()),)
@@ -100,17 +100,18 @@ class DdimInversion:
         for k in range(rounds):
             rows = [g for g, plan in enumerate(plans) if k < len(plan)]
             asked = rows or [0]  # all have arrived, but other processes go on: ask once more for nothing
-            columns = torch.tensor([plans[g][k] if rows else (0, 0, 0) for g in asked], device=x.device).T
+            index = moved(torch.tensor(asked), x.device)
+            columns = moved(torch.tensor([plans[g][k] if rows else (0, 0, 0) for g in asked]), x.device).T
             source, destination, network = (column[:, None].expand(-1, x.shape[1]) for column in columns)
-            here, words = x[asked], cond.map(operator.itemgetter(asked))
+            here, words = x[index], cond.map(operator.itemgetter(index))
             noise = self.estimate(predict, process, here, words, (source.clamp(min=0), destination, network))
             if rows:
                 there = process.ddim_move(here, noise, source.clamp(min=0), destination)
                 if self.eta:
-                    std = process.transition(destination, source.clamp(min=0), 1.0)[2]
-                    fresh = draws.rows(rows).normal(f"inversion_{k}", there.shape[1:]).to(there)
+                    std = process.ancestral_std(destination, source.clamp(min=0))
+                    fresh = moved(draws.rows(rows).normal(f"inversion_{k}", there.shape[1:]), x.device).to(there.dtype)
                     there = there + like((self.eta * std).to(there.dtype), there) * fresh
-                x[rows] = there
+                x[index] = there
         torch.clear_autocast_cache()  # casts of the weights made without a graph must not serve the training forward
         return x
 

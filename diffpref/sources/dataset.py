@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from diffpref.core.random import PairRandom
+from diffpref.core.random import PairRandom, moved
 from diffpref.core.types import Conditioning, PreferenceBatch
 from diffpref.data.buckets import Shape
 from diffpref.data.cache import LatentStore
@@ -121,15 +121,15 @@ def assemble(encoded: Encoded, encoder: Encoder) -> PreferenceBatch:
         own = _conditioning(flat, [dropped for dropped in empty for _ in range(images)], encoder)
         cond = own.map(lambda x: x.reshape(groups, images, *x.shape[2:]))
     if encoder.uses_time_ids:
-        cond = replace(cond, time_ids=encoded.time_ids[:, encoded.slots].to(encoder.device))
+        cond = replace(cond, time_ids=moved(encoded.time_ids[:, encoded.slots], encoder.device))
     return PreferenceBatch(
-        _moved(latents, encoder.device),
+        moved(latents, encoder.device),
         cond,
-        encoded.relevance.to(encoder.device),
+        moved(encoded.relevance, encoder.device),
         tuple(encoded.pair_ids),
         tuple(encoded.visits),
-        {name: x.to(encoder.device) for name, x in encoded.scores.items()},
-        None if encoded.weight is None else encoded.weight.to(encoder.device),
+        {name: moved(x, encoder.device) for name, x in encoded.scores.items()},
+        None if encoded.weight is None else moved(encoded.weight, encoder.device),
     )
 
 
@@ -146,17 +146,12 @@ def _conditioning(prompts: Sequence[str], empty: Sequence[bool], encoder: Encode
         encoder.prompt_cache.update(zip(new, (row.map(_kept) for row in encoder.prompt_rows(new)), strict=True))
         rows = [encoder.prompt_cache[p] for p in prompts]
     joined = join([encoder.null_row if dropped else row for row, dropped in zip(rows, empty, strict=True)])
-    return joined.map(lambda x: _moved(x, encoder.device))
+    return joined.map(lambda x: moved(x, encoder.device))
 
 
 def _kept(x: Tensor) -> Tensor:
     """A copy on the CPU that keeps no larger tensor alive."""
     return torch.empty_like(x, device="cpu").copy_(x)
-
-
-def _moved(x: Tensor, device: torch.device) -> Tensor:
-    """`x` on `device`. To a GPU through pinned memory, which does not wait for it; only the batch is pinned, not all that is kept."""
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" and x.device.type == "cpu" else x.to(device)
 
 
 def split(cond: Conditioning) -> list[Conditioning]:

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from diffpref.core.random import permutation, uniform
+from diffpref.core.random import moved, permutation, uniform
 from diffpref.core.types import PreferenceBatch
 from diffpref.data.pairs import PairDataset
 from diffpref.inference.users import as_example, new_encoder, save_user_weights
@@ -81,7 +81,7 @@ def attach_branch(backbone: Backbone, kind: str, sizes: Mapping[str, Any], rank:
 def with_embeds(batch: PreferenceBatch, embeds: Tensor) -> PreferenceBatch:
     """A batch with (G, L, D) for all K pictures of a group."""
     images = batch.relevance.shape[1]
-    expanded = embeds.to(batch.latents.device)[:, None].expand(-1, images, -1, -1)
+    expanded = moved(embeds, batch.latents.device)[:, None].expand(-1, images, -1, -1)
     return dataclasses.replace(batch, cond=dataclasses.replace(batch.cond, user_embeds=expanded))
 
 
@@ -284,7 +284,7 @@ def exchanged(batch: PreferenceBatch, turn: Tensor) -> PreferenceBatch:
     """The batch with the two pictures of some groups exchanged, turn (G,): what was rejected is then the chosen one."""
 
     def order(x: Tensor) -> Tensor:
-        return torch.where(turn.view(-1, *[1] * (x.ndim - 1)).to(x.device), x.flip(1), x)
+        return torch.where(moved(turn, x.device).view(-1, *[1] * (x.ndim - 1)), x.flip(1), x)
 
     cond = batch.cond.map(order)
     return dataclasses.replace(batch, latents=order(batch.latents), cond=cond, scores={name: order(x) for name, x in batch.scores.items()})

@@ -25,6 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from diffpref.core.policy import guided
+from diffpref.core.random import moved
 from diffpref.core.rewards import mean_squared_error
 from diffpref.core.types import PreferenceBatch
 from diffpref.data.cache import Key, Places, as_int64, crc, differences, key
@@ -61,7 +62,7 @@ class ReferenceErrors:
                 "made for fewer steps, or the run went back to a checkpoint and draws anew; delete the file to have it made again, or "
                 "leave reference_errors out"
             )
-        return replace(batch, reference_error=self.values[at.tolist()].to(batch.latents.device))
+        return replace(batch, reference_error=moved(self.values[at.tolist()], batch.latents.device))
 
 
 def visit_keys(batch: PreferenceBatch, seed: int) -> list[Key]:

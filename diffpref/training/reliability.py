@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from diffpref.core.noisy_labels import updated_reliability
+from diffpref.core.random import moved
 from diffpref.core.types import LossOutput, PreferenceBatch
 from diffpref.data.loader import PairPixels
 
@@ -41,13 +42,13 @@ class Reliability:
 
     def attach(self, batch: PreferenceBatch) -> PreferenceBatch:
         """The batch with the present reliability of whoever labelled each group, as a score (G, K)."""
-        found = self.eta[self._annotators(batch)].to(batch.relevance)
+        found = moved(self.eta[self._annotators(batch)], batch.relevance.device).to(batch.relevance.dtype)
         return replace(batch, scores={**batch.scores, SCORE: found[:, None].expand(batch.group_shape)})
 
     def note(self, batch: PreferenceBatch, out: LossOutput) -> None:
         """Remember how sure the method was of the labels of a micro-batch."""
         assert out.confidence is not None, "the method states no confidence"
-        self.seen.append((out.confidence.detach().double().cpu(), self._annotators(batch)))
+        self.seen.append((out.confidence.detach().double(), self._annotators(batch)))
 
     def update(self, device: torch.device) -> None:
         """Move every annotator's number by what all processes saw since the last time; every process must call it."""
