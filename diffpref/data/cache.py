@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import uuid
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -64,7 +65,7 @@ def prompt_key(prompt: str) -> Key:
 
 def write_shard(folder: Path, kind: str, keys: Sequence[Key], tensors: Mapping[str, Tensor]) -> str:
     """Write n rows under their keys, complete or not at all; returns the name of the file. Raises OSError."""
-    hidden = folder / f".{kind}-{os.getpid()}.part"
+    hidden = folder / f".{kind}-{uuid.uuid4().hex}.part"  # machines that share the folder may have equal process numbers
     entries = {name: x.contiguous() for name, x in tensors.items()}
     save_file({"key": as_int64(keys), "sum": _sums(kind, entries), **entries}, hidden)
     hidden.chmod(0o644)  # safetensors makes files that nobody else can read

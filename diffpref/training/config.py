@@ -139,7 +139,7 @@ class TrainConfig:
     proportion_empty_prompts: float = 0.0
     """Share of pairs whose prompt is replaced by the empty one, drawn once per pair and visit."""
     cache_latents: bool = False
-    """Encode all pictures and prompts once and keep them in memory; not with random_crop."""
+    """Encode all pictures and prompts once and keep them in memory; not with random_crop. A latent_cache has them already."""
     latent_cache: str | None = None
     """Folder made by `diffpref cache` with the settings of this run: latents and prompts are read from it, nothing is encoded."""
     reference_errors: str | None = None

@@ -27,6 +27,11 @@ from diffpref.training.start import DTYPES as DTYPES_OF_WEIGHTS
 from diffpref.training.start import load_base, start_adapter
 
 
+def has_errors(config: TrainConfig) -> bool:
+    """Whether the errors of the reference lie in a file, so that nothing else is asked of it."""
+    return config.reference_errors is not None and Path(config.reference_errors).exists() and not config.validation_steps
+
+
 def load_models(
     config: TrainConfig, objective: Objective, device: torch.device, port: Port | None = None, precision: str = "no"
 ) -> tuple[Backbone, nn.Module, nn.Module | None]:
@@ -52,8 +57,7 @@ def load_models(
         backbone, module = make_trainable(config, backbone)
     if port is not None:
         backbone, module = port.attach(config, backbone)
-    is_known = config.reference_errors is not None and Path(config.reference_errors).exists() and not config.validation_steps
-    is_frozen = config.tune == "full" and objective.needs_reference and not (config.reference_update_steps or is_known)
+    is_frozen = config.tune == "full" and objective.needs_reference and not (config.reference_update_steps or has_errors(config))
     reference = copy.deepcopy(module) if is_frozen else None
     set_recompute(backbone.denoiser, config.gradient_checkpointing)
     module.eval()  # dropout would make policy and reference differ; even of probability 0 it changes memory layouts, and so rounding

@@ -28,7 +28,8 @@ from diffpref.core.policy import guided
 from diffpref.core.random import moved
 from diffpref.core.rewards import mean_squared_error
 from diffpref.core.types import PreferenceBatch
-from diffpref.data.cache import Key, Places, as_int64, crc, differences, key
+from diffpref.data.cache import Key, Places, as_int64, crc, differences, key, read_manifest
+from diffpref.models.backbone import text_encoders
 from diffpref.paths.forward import ForwardNoising
 from diffpref.training.latent_cache import fingerprint
 from diffpref.training.settings import to_flat
@@ -41,6 +42,8 @@ if TYPE_CHECKING:  # which imports this file
 _DECIDES = (
     *("seed", "train_batch_size", "resolution", "random_crop", "no_hflip", "flip_mode", "aspect_ratio_buckets", "bucket_step"),
     *("proportion_empty_prompts", "base_dtype", "allow_tf32", "prediction_type", "rescale_betas_zero_snr", "is_turbo"),
+    *("attention", "channels_last", "compile", "compile_backend", "caption_column", "image_0_column", "image_1_column", "label_column"),
+    *("user_column", "train_text_encoder"),
 )
 """Settings of which the errors are made, beside model, data and path."""
 
@@ -90,9 +93,15 @@ def described(run: Run) -> dict[str, Any]:
     config = run.config
     found = {name: getattr(config, name) for name in _DECIDES}
     found |= {"path": type(run.objective.path).__name__, **to_flat(run.objective.path), "data": run.data}
+    if run.objective.conditioning:
+        found |= to_flat(run.objective.conditioning)
     found["mixed_precision"] = run.accelerator.mixed_precision
     if run.first_step == 0:
         found["model"] = fingerprint([run.backbone.denoiser])
+        found["autoencoder"] = fingerprint([run.backbone.pipeline.vae])
+        found["text_encoders"] = fingerprint(text_encoders(run.backbone))
+    if config.latent_cache:
+        found["stored_dtype"] = (read_manifest(Path(config.latent_cache)) or {}).get("stored_dtype")
     return found
 
 
@@ -117,7 +126,8 @@ def open_or_compute(run: Run, source: Callable[[], Iterator[PreferenceBatch]]) -
             f"reference_errors {str(path)!r} is damaged: its bytes are not those that were written; delete it, or name another"
         )
     if run.first_step:
-        made_with.pop("model", None)
+        for name in ("model", "autoencoder", "text_encoders"):
+            made_with.pop(name, None)
     found = [text.replace("in the cache", "in the file") for text in differences(made_with, wanted)]
     if found:
         raise ValueError(f"reference_errors {str(path)!r} was made with other settings: {', '.join(found)}; name another file")

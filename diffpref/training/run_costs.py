@@ -12,6 +12,7 @@ from diffpref.models.execution import Recompute
 from diffpref.models.lora import ATTENTION
 from diffpref.training.config import TrainConfig
 from diffpref.training.memory import Counts, factored_numbers, latent_cache_bytes, memory_parts, number_bytes, optimizer_bytes
+from diffpref.training.models import has_errors
 from diffpref.training.objective import Objective
 from diffpref.training.sources import pictures_at_once
 from diffpref.training.step_cost import StepCost, step_cost, upper_bound, vae_bytes
@@ -77,6 +78,11 @@ class RunCosts:
         return min(self.objective.images_per_group or self.slots, self.slots)
 
     @property
+    def needs_reference(self) -> bool:
+        """Whether the run asks a reference: its errors may lie in a file."""
+        return self.objective.needs_reference and not has_errors(self.config)
+
+    @property
     def is_bound(self) -> bool:
         """Whether activations are an upper bound and FLOPs are not known."""
         return self._bound is not None
@@ -85,7 +91,7 @@ class RunCosts:
         """Part -> bytes, under the run's settings if none are given."""
         config = config or self.config
         activations = self.activations(config)
-        return memory_parts(config, self.objective.needs_reference, counts or self.counts, activations, self._trajectory(config))
+        return memory_parts(config, self.needs_reference, counts or self.counts, activations, self._trajectory(config))
 
     def activations(self, config: TrainConfig) -> int:
         """Bytes at the peak of a micro-batch, of the autoencoder's work on it or of validation pictures: never there at once."""
@@ -116,14 +122,14 @@ class RunCosts:
     def flops_per_pair(self) -> float:
         """Of policy and reference at one step on the path, with what checkpointing computes again."""
         step = self.step(self.config)
-        flops = step.flops + (step.forward_flops if self.objective.needs_reference else 0)
+        flops = step.flops + (step.forward_flops if self.needs_reference else 0)
         return flops / (self.config.train_batch_size * self.objective.steps_at_once)
 
     @property
     def kernels(self) -> int:
         """Launched by a micro-batch at one step on the path, by policy and reference, uncompiled."""
         step = self.step(self.config)
-        return step.kernels + (step.forward_kernels if self.objective.needs_reference else 0)
+        return step.kernels + (step.forward_kernels if self.needs_reference else 0)
 
     @property
     def host_bytes(self) -> int:

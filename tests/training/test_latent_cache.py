@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +35,7 @@ from diffpref.training.loop import train
 from diffpref.training.run import Run
 from diffpref.training.sources import new_encoder
 
+ROOT = Path(__file__).resolve().parents[2]
 Settings = dict[str, Any]
 Go = Callable[..., Path]
 SIZES = [(48, 32), (32, 32), (32, 48)]
@@ -312,3 +316,38 @@ def test_settings_that_contradict_a_cache_are_refused(prepare: Callable[..., Run
     folder = make_cache("cache")
     with pytest.raises(ValueError, match="dataloader_num_workers is 2, but latent_cache"):
         prepare("run", latent_cache=str(folder), dataloader_num_workers=2)
+
+
+def test_a_run_from_a_folder_is_resumed_where_it_stopped(make_cache: Callable[..., Path], run_training: Go) -> None:
+    settings = {"latent_cache": str(make_cache("cache")), "checkpointing_steps": 2}
+    whole = run_training("whole", **settings, max_train_steps=5)
+    run_training("parts", **settings, max_train_steps=2)
+    parts = run_training("parts", **settings, max_train_steps=5, resume_from_checkpoint="latest")
+    a, b = (load_file(run / "checkpoint-5" / "weights.safetensors") for run in (whole, parts))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_two_processes_build_what_one_builds(
+    make_cache: Callable[..., Path], base_settings: Settings, shaped_file: Path, tmp_path: Path
+) -> None:
+    one, two = make_cache("one", train_data_dir=str(shaped_file)), tmp_path / "two"
+    given = {"pretrained_model_name_or_path": base_settings["pretrained_model_name_or_path"], "train_data_dir": shaped_file}
+    given |= {"resolution": base_settings["resolution"], "latent_cache": two}
+    words = [str(word) for name, value in given.items() for word in (f"--{name}", value)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    script = str(ROOT / "scripts" / "cache_latents.py")
+    done = subprocess.run([*launcher, script, *words], env=env, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    def rows(folder: Path, kind: str) -> dict[cache.Key, dict[str, torch.Tensor]]:
+        found = {}
+        for name, (file, row) in cache.stored(folder, kind).items():
+            found[name] = {field: x[row] for field, x in load_file(folder / file).items() if field != "key"}
+        return found
+
+    for kind in (cache.LATENTS, cache.PROMPTS):
+        expected, found = rows(one, kind), rows(two, kind)
+        assert expected.keys() == found.keys()
+        assert all(torch.equal(found[name][field], x) for name, row in expected.items() for field, x in row.items())
+        assert len(list(two.glob(f"{kind}-*.safetensors"))) == 2  # one of each process

@@ -10,14 +10,17 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 
 from diffpref.training import models
 from diffpref.training.config import TrainConfig
+from diffpref.training.estimate import NoPictures
 from diffpref.training.loop import learn
 from diffpref.training.objective import build_objective
 from diffpref.training.reference_errors import check_reference_errors
 from diffpref.training.run import Run
+from diffpref.training.run_costs import RunCosts
 
 Settings = dict[str, Any]
 Go = Callable[..., Path]
@@ -62,6 +65,9 @@ def test_a_run_that_reads_them_has_no_reference(prepare: Callable[..., Run], tmp
 
     monkeypatch.setattr(models, "copy", SimpleNamespace(deepcopy=fail))
     reads = prepare("reads", **stored, beta=7.0)
+    costs = RunCosts(reads.config, reads.objective, reads.backbone, reads.wrapped, NoPictures(16), reads.accelerator, 10**12)
+    assert "reference copy" not in costs.parts()
+    assert costs.flops_per_pair * 2 == costs.step(reads.config).flops
     batch = next(reads.source)
     assert batch.reference_error is not None
     assert batch.reference_error.shape == (2, 2)
@@ -77,14 +83,23 @@ def test_a_resumed_run_reads_them(run_training: Go, tmp_path: Path) -> None:
     assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
-def test_other_settings_are_refused_with_both_values(prepare: Callable[..., Run], sdxl_folder: Path, tmp_path: Path) -> None:
-    path = str(tmp_path / "errors.safetensors")
+def test_other_settings_are_refused_with_both_values(
+    prepare: Callable[..., Run], sd_folder: Path, sdxl_folder: Path, tmp_path: Path
+) -> None:
+    path, other_vae = str(tmp_path / "errors.safetensors"), tmp_path / "vae"
+    vae = AutoencoderKL.from_pretrained(sd_folder, subfolder="vae")
+    with torch.no_grad():
+        vae.decoder.conv_out.weight.mul_(2)
+    vae.save_pretrained(other_vae)
     prepare("first", reference_errors=path)
     for settings, message in (
         ({"seed": 1}, "seed is 0 in the file and 1 in this run"),
         ({"train_batch_size": 3}, "train_batch_size is 2 in the file and 3 in this run"),
         ({"label_noise_prob": 1.0}, r"data is \w+ in the file and \w+ in this run"),
         ({"pretrained_model_name_or_path": str(sdxl_folder)}, r"model is \w+ in the file and \w+ in this run"),
+        ({"pretrained_vae_model_name_or_path": str(other_vae)}, r"autoencoder is \w+ in the file and \w+ in this run"),
+        ({"attention": "native_math"}, "attention is sdpa in the file and native_math in this run"),
+        ({"caption_column": "caption"}, "caption_column is None in the file and caption in this run"),
     ):
         with pytest.raises(ValueError, match=f"reference_errors .* was made with other settings: .*{message}"):
             prepare(str(message[:5]), reference_errors=path, **settings)
