@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from diffpref.cli import main
+from diffpref.models import attention
 
 PROMPTS = ("a large red circle on a gray background", "a small blue ring on a white background", "a medium green cross on black")
 
@@ -61,6 +62,21 @@ def test_noise_of_ancestral_samplers_belongs_to_the_seed(tmp_path: Path) -> None
     for name, batch_size in (("a", 3), ("b", 1)):
         assert main(["generate", *flags(tmp_path / name, sampler="euler_a", batch_size=batch_size)]) == 0
     assert np.abs(pictures(tmp_path / "a", 3) - pictures(tmp_path / "b", 3)).max() <= 1
+
+
+def test_attention_is_that_of_the_flag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: set[str] = set()
+    own = attention.dispatch_attention_fn
+    monkeypatch.setattr(attention, "dispatch_attention_fn", lambda *x, **given: asked.add(str(given["backend"])) or own(*x, **given))
+    assert main(["generate", *flags(tmp_path / "plain")]) == 0
+    assert not asked
+    assert main(["generate", *flags(tmp_path / "math", attention="native_math")]) == 0
+    assert str(attention.KERNELS["native_math"]) in asked  # another one was asked to compare it with
+    assert np.abs(pictures(tmp_path / "plain", 3) - pictures(tmp_path / "math", 3)).max() <= 1
+    capsys.readouterr()
+    assert main(["generate", *flags(tmp_path / "sage", attention="sage")]) == 0
+    assert capsys.readouterr().err.count("attention sage cannot be used here (") == 1
+    assert np.array_equal(pictures(tmp_path / "plain", 3), pictures(tmp_path / "sage", 3))
 
 
 @pytest.mark.parametrize(

@@ -202,6 +202,8 @@ def test_documented_commands_run(
     else:
         assert settings["proportion_empty_prompts"] == 0.2
         assert (tmp_path / "run" / "model_index.json").is_file()
+    if not torch.cuda.is_available():
+        assert ("attention xformers cannot be used here (" in errors) == ("xformers" in DOCUMENTED[name])
     if importlib.util.find_spec("tensorboard") is None:
         assert settings["report_to"] == "none"
 
