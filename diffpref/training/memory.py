@@ -101,6 +101,24 @@ def remedies(
     return found
 
 
+def larger_micro_batch(
+    config: TrainConfig, parts: Mapping[str, int], needs: Callable[[TrainConfig], int], budget: float
+) -> tuple[Changes, int] | None:
+    """The largest micro-batch with as many pairs per update whose step leaves a tenth of `budget` free, and the bytes that it takes.
+
+    parts: what the run takes as it is. Only sizes that fit if activations grow with the size are counted. None where there is none.
+    """
+    size, accumulation, rest = config.train_batch_size, config.gradient_accumulation_steps, sum(parts.values()) - parts["activations"]
+    for times in range(accumulation, 1, -1):
+        if accumulation % times or rest + times * parts["activations"] > 0.9 * budget:
+            continue
+        change: Changes = {"train_batch_size": size * times, "gradient_accumulation_steps": accumulation // times}
+        found = needs(dataclasses.replace(config, **change))
+        if found <= 0.9 * budget:
+            return change, found
+    return None
+
+
 def _neutral(config: TrainConfig) -> list[Changes]:
     ways = ["selective", "full"] if config.gradient_checkpointing == "off" and not config.compile else ["full"]
     steps: list[Changes] = [{"gradient_checkpointing": how} for how in ways if how != config.gradient_checkpointing]

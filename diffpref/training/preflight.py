@@ -26,6 +26,7 @@ from diffpref.training.memory import (
     as_flags,
     checkpoint_bytes,
     export_bytes,
+    larger_micro_batch,
     num_checkpoints,
     optimizer_bytes,
     remedies,
@@ -107,6 +108,11 @@ class Preflight:
             f"memory: about {words(needed)} of {words(free)} ({listed}); {tflop:.3g} TFLOP per pair and step, "
             f"{kernels:,} kernels per micro-batch"
         )
+        larger = larger_micro_batch(self.config, parts, lambda config: sum(costs.parts(config).values()), free)
+        if larger:
+            change, size = larger
+            self.found["larger_micro_batch"] = {**change, "bytes": size}
+            self.say(f"fits too, with the same pairs per update in fewer passes: {as_flags(change)} ({words(size)})")
         problems = []
         if needed > free:
             problems.append(f"training takes about {words(needed)} of memory ({listed}) and there are {words(free)}; {self.advice(free)}")

@@ -122,6 +122,17 @@ def test_smaller_micro_batches_with_as_many_pairs_per_update_are_advised(prepare
         prepare("run", gradient_checkpointing=True, train_batch_size=6)
 
 
+@pytest.mark.parametrize(("size", "said"), [(2, None), (5, (4, 3)), (7, (6, 2)), (20, (12, 1))])
+def test_larger_micro_batches_that_fit_are_named(
+    size: float, said: tuple[int, int] | None, prepare: Start, memory: Callable[[float], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    memory(size * GB)
+    prepare("run", train_batch_size=1, gradient_accumulation_steps=12)
+    line = said and f"pairs per update in fewer passes: --train_batch_size {said[0]} --gradient_accumulation_steps {said[1]} ({said[0]}."
+    errors = capsys.readouterr().err
+    assert (line in errors) if line else ("in fewer passes" not in errors)
+
+
 def test_memory_that_no_setting_finds_is_said(prepare: Start, memory: Callable[[float], None]) -> None:
     memory(1000)
     with pytest.raises(ValueError, match="lower resolution, or use a device with more memory"):
