@@ -125,7 +125,7 @@ def seconds(method: str, network: str, card: Card, setup: Setup, measured: dict[
     compute = setup.pairs * 2 * per_picture / (card.tflops * card.compute_share)
     scale = (net.latent_side / 128) ** 2
     reading = measured["read_cached_pair"] if setup.cached else measured["decode_pair"]
-    input_ = setup.pairs * scale * (reading + measured["draw_noise"]) / setup.workers
+    input_ = setup.pairs * scale * (reading + measured["draw_noise"]) / (1 if setup.cached else setup.workers)  # a cache is read by the run
     found = {"compute": compute, "input": input_, "messages": messages(net, card, setup, work)}
     longest = max(found.values())
     return found | {"step": longest, "pairs_per_second": setup.gpus * setup.pairs / longest}

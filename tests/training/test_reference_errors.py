@@ -45,6 +45,18 @@ def test_errors_from_a_file_train_the_same(case: str, run_training: Go, sdxl_fol
         assert [name for name in online if not torch.equal(online[name], other[name])] == []
 
 
+def test_another_batch_shape_moves_logits_by_rounding_only(prepare: Callable[..., Run], tmp_path: Path) -> None:
+    found = []
+    for size in (1, 2):
+        path = tmp_path / f"{size}.safetensors"
+        prepare(f"of {size}", reference_errors=str(path), train_batch_size=size, gradient_accumulation_steps=2 // size)
+        file = load_file(path)
+        found.append({tuple(name): error for name, error in zip(file["key"].tolist(), file["error"], strict=True)})
+    singles, pairs = found
+    assert singles.keys() == pairs.keys()
+    assert max(float((singles[name] - pairs[name]).abs().max()) for name in pairs) * 5000 / 2 < 1e-3
+
+
 @pytest.mark.parametrize("damage", ["a bit", "the end"])
 def test_a_damaged_file_is_refused(damage: str, prepare: Callable[..., Run], tmp_path: Path) -> None:
     path = tmp_path / "errors.safetensors"
