@@ -17,6 +17,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import subprocess
@@ -172,6 +173,8 @@ def part_lora(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         entrants["diffusers"] = peer_diffusers(folder, args.diffusers)
         gate = parity_gate(folder, entrants["diffusers"])
     found = contest(entrants, folder / "logs", rounds=args.rounds, steps=args.steps)
+    for name in ("uncached", "cached", "stored"):
+        reference_gate(folder / "runs" / name)
     pairs = [("cached", "bare"), ("cached", "usual"), ("uncached", "usual")]
     pairs += [(name, "diffusers") for name in ("uncached", "cached", "cached and stored errors") if args.diffusers]
     return {"parity": gate, "contestants": found, "ratios": compared(found, pairs)}
@@ -188,13 +191,17 @@ def part_full(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     if args.salesforce:
         entrants["salesforce"] = peer_salesforce(folder, args.salesforce)
     found = contest(entrants, folder / "logs", rounds=args.rounds, steps=args.steps, warm_up=2)
+    gate = {name: reference_gate(folder / "runs" / name) for name in ("full_adamw", "full_adafactor")}
     pairs = [("full, AdamW", "bare, AdamW")]
     pairs += [(name, "salesforce") for name in ("full, AdamW", "full, Adafactor") if args.salesforce]
-    return {"contestants": found, "ratios": compared(found, pairs)}
+    return {"parity": gate, "contestants": found, "ratios": compared(found, pairs)}
 
 
 def part_mapo(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """MaPO on pairs against kohya's LoRA training on single pictures, on SDXL's depths and text widths in narrow layers."""
+    """MaPO on pairs against kohya's LoRA training on single pictures, on SDXL's depths and text widths in narrow layers.
+
+    Without a reference there is nothing that the first loss has to be.
+    """
     (folder / "kohya" / "50_pictures").mkdir(parents=True, exist_ok=True)  # 50 visits of each; it encodes every text by itself
     for path in sorted((folder / "better").iterdir())[:32]:
         (folder / "kohya" / "50_pictures" / path.name).write_bytes(path.read_bytes())
@@ -209,6 +216,14 @@ def part_mapo(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
 def compared(found: dict[str, Any], pairs: list[tuple[str, str]]) -> dict[str, Any]:
     """`a / b` -> how many times as many items per second a does, with the target if there is one."""
     return {f"{a} / {b}": ratios(found, b, a) | {"target": TARGETS.get(f"{a} / {b}")} for a, b in pairs}
+
+
+def reference_gate(run: Path) -> dict[str, Any]:
+    """Raises SystemExit unless the first loss that a run has logged is log 2: the policy started as its reference."""
+    losses = [row["loss"] for row in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()) if "loss" in row]
+    if not losses or abs(losses[0] - math.log(2)) > 1e-7:
+        sys.exit(f"the gate failed: the first loss of {run.name} is {losses[0] if losses else 'missing'}, not log 2")
+    return {"first_loss": losses[0], "passed": True}
 
 
 def parity_gate(folder: Path, peer: Contestant) -> dict[str, Any]:

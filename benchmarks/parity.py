@@ -64,9 +64,8 @@ def relative(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     return apart / math.sqrt(sum(float(x.double().square().sum()) for x in b.values()))
 
 
-def check(path: Path, folder: Path, rank: int, learning_rate: float) -> dict[str, Any]:
-    """Facts of the comparison and whether the gate is passed. Raises ValueError when the two train other tensors."""
-    trace = torch.load(path, weights_only=True)
+def our_run(folder: Path, rank: int, learning_rate: float) -> Run:
+    """Ours with the peer's settings, on steps that are given to it."""
     config = TrainConfig(
         pretrained_model_name_or_path=str(folder / "model"),
         train_data_dir=str(folder / "pickapic"),
@@ -86,6 +85,13 @@ def check(path: Path, folder: Path, rank: int, learning_rate: float) -> dict[str
     run = prepare_run(config, Objective(DiffusionDPO(beta=5000)))
     run.objective = dataclasses.replace(run.objective, path=Recorded())
     run.backbone.denoiser.train()
+    return run
+
+
+def check(path: Path, folder: Path, rank: int, learning_rate: float) -> dict[str, Any]:
+    """Facts of the comparison and whether the gate is passed. Raises ValueError when the two train other tensors."""
+    trace = torch.load(path, weights_only=True)
+    run = our_run(folder, rank, learning_rate)
     if run.trainable.keys() != trace["before"].keys():
         raise ValueError(f"the peer trains {len(trace['before'])} tensors and we {len(run.trainable)}, not the same ones")
     try:
