@@ -30,7 +30,7 @@ from diffpref.training import machine
 from diffpref.training.cache_config import CacheConfig
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import new_accelerator
-from diffpref.training.latent_cache import identity
+from diffpref.training.latent_cache import differences, identity
 from diffpref.training.memory import words
 from diffpref.training.pairs import load_run_pairs
 from diffpref.training.run_folder import write_json
@@ -125,9 +125,9 @@ def _claim(folder: Path, manifest: dict[str, Any]) -> None:
         write_json(folder / cache.MANIFEST, manifest)
         return
     compared = [{**m["made_with"], **{n: m[n] for n in ("stored_dtype", "pictures_at_once", "prompts_at_once")}} for m in (found, manifest)]
-    if differences := cache.differences(*compared):
+    if apart := differences(*compared):
         raise ValueError(
-            f"latent_cache {str(folder)!r} was begun with other settings: {', '.join(differences)}. Use its settings, or another folder"
+            f"latent_cache {str(folder)!r} was begun with other settings: {', '.join(apart)}. Use its settings, or another folder"
         )
     for part in folder.glob(".*.part"):  # of a build that was killed
         part.unlink()

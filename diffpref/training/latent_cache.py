@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -41,6 +41,7 @@ def identity(config: TrainConfig, backbone: Backbone, pictures: int) -> dict[str
         "resolution": check_resolution(config, backbone),
         "aspect_ratio_buckets": config.aspect_ratio_buckets,
         "crop": "centre",
+        **({} if config.train_text_encoder else {"base_dtype": config.base_dtype}),  # of the text encoders; named before their digest
         "autoencoder": fingerprint([backbone.pipeline.vae]),
         "scaling_factor": backbone.pipeline.vae.config.scaling_factor,
     }
@@ -49,6 +50,15 @@ def identity(config: TrainConfig, backbone: Backbone, pictures: int) -> dict[str
     if not config.train_text_encoder:  # such a run encodes its prompts itself
         found["text_encoders"] = fingerprint(text_encoders(backbone))
     return found
+
+
+def differences(made_with: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """Every value in which a cache and a run, or two builds, differ, with both.
+
+    Caches from before base_dtype was noted are compared without it; the text encoders' digest depends on it.
+    """
+    noted = {name: x for name, x in wanted.items() if name != "base_dtype" or name in made_with}
+    return cache.differences(made_with, noted)
 
 
 def open_store(config: TrainConfig, backbone: Backbone, pictures: int) -> LatentStore:
@@ -60,8 +70,9 @@ def open_store(config: TrainConfig, backbone: Backbone, pictures: int) -> Latent
     made_with, wanted = dict(store.manifest["made_with"]), identity(config, backbone, pictures)
     mirrored = made_with.pop("mirrored")
     if config.train_text_encoder:
-        made_with.pop("text_encoders", None)
-    found = cache.differences(made_with, wanted)
+        for name in ("base_dtype", "text_encoders"):
+            made_with.pop(name, None)
+    found = differences(made_with, wanted)
     if not mirrored and not config.no_hflip:
         found.append("mirrored is False in the cache and True in this run (no_hflip is false)")
     if found:

@@ -222,6 +222,26 @@ def test_other_settings_are_refused_with_both_values(
 
 
 @pytest.mark.reliability("D12")
+def test_text_encoders_in_another_dtype_are_said_by_their_setting(make_cache: Callable[..., Path], prepare: Callable[..., Run]) -> None:
+    folder, half = make_cache("cache"), {"base_dtype": "bf16", "mixed_precision": "bf16"}
+    with pytest.raises(ValueError, match="other settings: base_dtype is fp32 in the cache and bf16 in this run, "):
+        prepare("run", latent_cache=str(folder), **half)
+    with pytest.raises(ValueError, match="was begun with other settings: base_dtype is fp32 in the cache and bf16 in this run, "):
+        make_cache("cache", **half)
+
+
+def test_a_cache_from_before_the_dtype_was_noted_is_read_and_added_to(make_cache: Callable[..., Path], prepare: Callable[..., Run]) -> None:
+    folder = make_cache("cache")
+    manifest = json.loads((folder / cache.MANIFEST).read_text())
+    assert manifest["made_with"].pop("base_dtype") == "fp32"
+    (folder / cache.MANIFEST).write_text(json.dumps(manifest))
+    make_cache("cache")
+    prepare("run", latent_cache=str(folder))
+    with pytest.raises(ValueError, match=r"other settings: text_encoders is \w+ in the cache"):
+        prepare("other", latent_cache=str(folder), base_dtype="bf16", mixed_precision="bf16")
+
+
+@pytest.mark.reliability("D12")
 def test_other_pictures_under_the_same_names_are_noticed(
     make_cache: Callable[..., Path], prepare: Callable[..., Run], pair_columns: dict[str, list[Any]], tmp_path: Path
 ) -> None:
