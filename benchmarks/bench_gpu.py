@@ -1,208 +1,245 @@
-"""Our training step against peers' scripts on one GPU: SDXL at 1024 pixels and SD1.5 at 512, random weights, no network.
+"""Our training step against the bare arithmetic, the step as it is usually written, and peers' scripts, on one GPU without a network.
 
     python benchmarks/bench_gpu.py --folder FOLDER --all --diffusers SCRIPT --salesforce SCRIPT
+    python benchmarks/bench_gpu.py --table benchmarks/results/gpu-<card>.json
 
-Ends after --minutes at the latest, between two measurements; the same command goes on with what is missing, so that it fits into sessions
-of ten minutes. Every measurement is kept at once in benchmarks/results/gpu-<card>.json. Contestants run one after the other, twice each
-(A B A B): two of them would not fit into the memory together. Targets are those of one H200.
+First comes the gate: on every path that is timed, an untouched policy has to answer as its reference; times on a path that does not
+are void. Contestants run one after the other, forwards and then backwards through their case (A B B A), because two of them would not
+fit into the memory together. Ends between two measurements when --minutes are over; every measurement is kept at once in
+benchmarks/results/gpu-<card>.json, and the same command goes on with what is missing.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
-import subprocess
+import statistics
 import sys
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import fixture
+import packages  # noqa: F401
+
+# isort: split
+import parts
 import torch
-from bench_cpu import HERE, ROOT, machine
-from contest import Contestant, contest
-from real_size import write_model
+from bench_cpu import HERE, ROOT
+from contest import contest, ratios
+from cost_model import tflop_per_pair
+from gpu_cases import (
+    CASES,
+    NUMERICS,
+    PATIENCE,
+    PEERS,
+    Case,
+    build_cache,
+    contestant,
+    fixtures,
+    our_flags,
+    small_case,
+    smaller,
+    words,
+)
+from parts import Stored
 
-FEW = 400  # optimizer steps that a run is told to take; no contest takes so many
-
-
-@dataclass(frozen=True)
-class Case:
-    """Something to be measured, and what it is measured against."""
-
-    family: str  # of the model: sdxl or sd15
-    side: int  # pixels
-    flags: Mapping[str, Any]  # of our run
-    pairs: int  # per step, and for the peer
-    peer: str | None = None  # whose script
-    peer_flags: Mapping[str, Any] | None = None
-    pairs_per_second: float | None = None  # the target on one H200
-    ratio: float | None = None  # the target for times as many pairs per second as the peer
-    ours: str | None = None  # the case whose own time is compared with this peer, if not this one's
-
-
-LORA = {"tune": "lora", "rank": 8, "base_dtype": "bf16", "mixed_precision": "bf16", "gradient_checkpointing": False, "compile": True}
-FULL = {"tune": "full", "mixed_precision": "bf16", "gradient_checkpointing": True, "compile": True, "learning_rate": 1e-8}
-HALF = {"mixed_precision": "bf16", "allow_tf32": True}
-CASES = {
-    "SDXL 1024, DPO, LoRA": Case("sdxl", 1024, LORA, 4, pairs_per_second=9),
-    "SDXL 1024, DPO, LoRA, diffusers at its defaults": Case(
-        "sdxl", 1024, LORA, 1, "diffusers", HALF | {"gradient_checkpointing": True, "rank": 8}, None, 2.2, "SDXL 1024, DPO, LoRA"
-    ),
-    "SDXL 1024, DPO, LoRA, diffusers, large batch": Case(
-        "sdxl", 1024, LORA, 8, "diffusers", HALF | {"dataloader_num_workers": 8, "rank": 8}, None, 1.6, "SDXL 1024, DPO, LoRA"
-    ),
-    "SDXL 1024, DPO, LoRA, stored errors": Case("sdxl", 1024, LORA | {"reference_errors": "errors.safetensors"}, 4),
-    "SDXL 1024, DPO, LoRA, eager": Case("sdxl", 1024, LORA | {"compile": False}, 4),
-    "SDXL 1024, DPO, all weights": Case("sdxl", 1024, FULL, 4, "salesforce", {"mixed_precision": "bf16"}, 7.5, 6.0),
-    "SDXL 1024, MaPO, all weights": Case("sdxl", 1024, FULL | {"method": "mapo"}, 4, pairs_per_second=10),
-    "SD1.5 512, DPO, all weights": Case("sd15", 512, FULL | {"gradient_checkpointing": False}, 16, pairs_per_second=60),
-    "SDXL 1024, InPO, all weights": Case("sdxl", 1024, FULL | {"method": "inpo", "compile": False}, 4, pairs_per_second=3.2),
-}
-"""In the order in which they are measured."""
+MEMORY = 0.8
+"""The target for our peak memory over a peer's with as many pairs per step."""
+Scripts = Mapping[str, Path | None]
+Parts = dict[str, Callable[[], dict[str, Any]]]
 
 
-def words(flags: Mapping[str, Any]) -> list[str]:
-    """As on a command line; false leaves a flag out."""
-    return [
-        word for key, value in flags.items() if value is not False for word in ([f"--{key}"] if value is True else [f"--{key}", str(value)])
-    ]
+def numerics(name: str, folder: Path, tiny: bool) -> dict[str, Any]:
+    """Logits of an untouched policy on one path, pair by pair."""
+    place, side = fixtures(folder, "sdxl", 1024, tiny), 64 if tiny else 1024
+    flags = our_flags(place, side, (smaller(NUMERICS[name]) if tiny else NUMERICS[name]) | {"preflight": "warn"})
+    build_cache(flags)
+    try:
+        said = parts.run_program([sys.executable, str(HERE / "untouched.py"), "--batches", "3", *words(flags)], PATIENCE)
+    finally:
+        parts.clear(place / "runs")
+    return json.loads(said.splitlines()[-1])
 
 
-def fixtures(folder: Path, case: Case, tiny: bool) -> Path:
-    """Folder with model and pairs of a case, made once: random weights of the real configuration in bf16."""
-    place = folder / (f"tiny-{case.family}" if tiny else f"{case.family}-{case.side}")
-    if tiny:
-        fixture.make(place, "tiny", pairs=64, side=64)
-    elif not (place / "facts.json").exists():
-        write_model(place / "model", case.family, torch.bfloat16)
-        fixture.write_pairs(place, pairs=64, side=case.side)
-        (place / "facts.json").write_text(json.dumps({"family": case.family, "side": case.side, "pairs": 64}))
-    return place
-
-
-def our_run(place: Path, case: Case, name: str, side: int) -> Contestant:
-    """Our script with a latent cache, which is made first."""
-    data = {"pretrained_model_name_or_path": place / "model", "train_data_dir": place / "pickapic", "cache_dir": place / "tables"}
-    data |= {"resolution": side, "latent_cache": place / "latents"}
-    if not (place / "latents").exists():
-        command = [sys.executable, "-m", "diffpref.cli", "cache", *words(data)]
-        subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    flags = {"method": "diffusion_dpo", "preset": "diffpref", "train_batch_size": case.pairs, "gradient_accumulation_steps": 1}
-    flags |= {"learning_rate": 1e-5, "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": FEW, "checkpointing_steps": FEW}
-    flags |= {"preflight": "warn", "output_dir": place / "runs" / f"{name.replace(' ', '_')}-{time.time_ns()}", **data, **case.flags}
-    if "reference_errors" in case.flags:
-        flags |= {"reference_errors": place / case.flags["reference_errors"], "max_train_steps": 100}
-    return Contestant(ROOT / "scripts" / "train.py", words(flags), items=case.pairs)
-
-
-def peer_run(place: Path, case: Case, script: Path, side: int) -> Contestant:
-    """The peer's script on the same pipeline and pairs."""
-    split = {"split": "train", "sdxl": True} if case.peer == "salesforce" else {"dataset_split_name": "train"}
-    flags = {"pretrained_model_name_or_path": place / "model", "dataset_name": place / "pickapic", **split, "cache_dir": place / "hub"}
-    flags |= {"output_dir": place / "runs" / f"peer-{time.time_ns()}", "resolution": side, "train_batch_size": case.pairs, "seed": 0}
-    flags |= {"learning_rate": 1e-8, "lr_scheduler": "constant", "lr_warmup_steps": 0, "max_train_steps": FEW, "checkpointing_steps": FEW}
-    stand_ins = ("wandb",) if case.peer == "diffusers" else ("wandb", "xformers", "cuda")
-    return Contestant(script, words(flags | dict(case.peer_flags or {})), case.pairs, stand_ins)
-
-
-def smaller(case: Case) -> Case:
-    """The case on the tiny fixture: SDXL's layout, whatever the family, and one pair."""
-    flags = {key: value for key, value in case.flags.items() if key not in ("compile", "base_dtype", "mixed_precision")}
-    peer = {key: value for key, value in (case.peer_flags or {}).items() if key not in ("allow_tf32", "mixed_precision")}
-    return replace(case, pairs=1, flags=flags, peer_flags=peer)
-
-
-def measure(name: str, case: Case, folder: Path, scripts: Mapping[str, Path | None], tiny: bool) -> dict[str, Any]:
-    """Who -> seconds per pair, rounds and peak memory."""
-    case = smaller(case) if tiny else case
-    place, side = fixtures(folder, case, tiny), 64 if tiny else case.side
-    script = scripts.get(case.peer) if case.peer else None
-    if case.ours and script is None:
-        return {"skipped": f"no script of {case.peer}"}
-    entrants = {} if case.ours else {"ours": our_run(place, case, name, side)}
-    if script is not None:
-        entrants["peer"] = peer_run(place, case, script, side)
+def timing(name: str, folder: Path, scripts: Scripts, tiny: bool) -> dict[str, Any]:
+    """Seconds per pair, rounds and peak memory of every contestant of a case, and how it compares with ours."""
+    case = small_case(CASES[name]) if tiny else CASES[name]
+    place = fixtures(folder, case.family, CASES[name].side, tiny)
+    able = {who: entry for who, entry in case.entries.items() if entry.who not in PEERS or scripts.get(entry.who)}
     found: dict[str, Any] = {}
-    for _ in range(2):
-        for who, contestant in entrants.items():
-            steps = {"steps": 2, "warm_up": 1} if tiny else {"steps": 8, "warm_up": 5}
-            seen = contest({who: contestant}, place / "logs", rounds=1, unit="wall", **steps)[who]
-            before = found.get(who)
-            found[who] = seen if before is None else before | {"rounds": before["rounds"] + seen["rounds"]}
-            entrants[who] = replace(contestant, flags=fresh(contestant.flags))
-    for seen in found.values():
-        seen["seconds_per_item"] = min(seen["rounds"])
-    return found
+    try:
+        for who in [*able, *reversed(able)]:
+            if "failed" not in found.get(who, {}):
+                found[who] = joined(found.get(who), taken(who, place, case, scripts, tiny))
+            parts.clear(place / "runs")
+    finally:
+        parts.clear(place / "runs")
+    without = sorted({entry.who for entry in case.entries.values()} & set(PEERS) - {who for who in PEERS if scripts.get(who)})
+    sound = {who: seen for who, seen in found.items() if "failed" not in seen}
+    first = next(iter(case.entries))
+    compared = {who: ratios(sound, slower=who, faster=first) for who in sound if who != first and first in sound}
+    return {"entrants": found, "ratios": compared, "without": without}
 
 
-def fresh(flags: Any) -> list[str]:
-    """The flags with another output folder, because a run does not start in one that is used."""
-    changed = list(flags)
-    place = changed.index("--output_dir") + 1
-    changed[place] = changed[place].rpartition("-")[0] + f"-{time.time_ns()}"
-    return changed
+def taken(who: str, place: Path, case: Case, scripts: Scripts, tiny: bool) -> dict[str, Any]:
+    """One process's rounds, or its error: a peer that has no room must not cost the others' numbers."""
+    steps = {"rounds": 1, "steps": 2, "warm_up": 1} if tiny else {"rounds": 2, "steps": 5, "warm_up": 5}
+    try:
+        entrant = contestant(place, case, case.entries[who], scripts)
+        return contest({who: entrant}, place / "logs", unit="wall", patience=PATIENCE, **steps)[who]
+    except (RuntimeError, OSError) as error:
+        return {"failed": str(error)[-parts.LAST_WORDS :]}
 
 
-def verdicts(stored: Mapping[str, Any]) -> list[str]:
-    """One line per case: pairs per second, memory, ratio to the peer, and the targets beside them."""
-    lines = []
+def joined(before: Mapping[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
+    """The rounds of two processes; an error of either is the result."""
+    if before is None or "failed" in now:
+        return now
+    rounds = before["rounds"] + now["rounds"]
+    start = min(before["seconds_to_first_step"], now["seconds_to_first_step"])
+    most = max(before["peak_bytes"], now["peak_bytes"])
+    return now | {"rounds": rounds, "seconds_per_item": statistics.median(rounds), "seconds_to_first_step": start, "peak_bytes": most}
+
+
+def calibration(side: int = 8192) -> dict[str, Any]:
+    """TFLOP/s of a product of matrices in bf16, the yardstick of this card."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(10):
+            a @ b
+        float((a @ b)[0, 0])  # waits for the device
+        seconds.append((time.perf_counter() - start) / 11)
+    return {"bf16_product_tflops": 2 * side**3 / statistics.median(seconds[1:]) / 1e12}
+
+
+def profile(name: str, folder: Path, tiny: bool) -> dict[str, Any]:
+    """The kernels that take longest in three steps of ours."""
+    case = small_case(CASES[name]) if tiny else CASES[name]
+    place = fixtures(folder, case.family, CASES[name].side, tiny)
+    command = contestant(place, case, case.entries["ours"], {}).command()
+    table = place / "kernels.txt"
+    command[2:2] = ["--profile", str(table), "--limit", "7"]
+    try:
+        parts.run_program(command, PATIENCE)
+    finally:
+        parts.clear(place / "runs")
+    return {"kernels": table.read_text().splitlines()}
+
+
+def wanted_parts(folder: Path, scripts: Scripts, tiny: bool) -> Parts:
+    """Name -> what measures it, in this order."""
+    found: Parts = {f"numerics: {name}": functools.partial(numerics, name, folder, tiny) for name in NUMERICS}
+    found["calibration"] = functools.partial(calibration, 256 if tiny else 8192)
+    found |= {f"timing: {name}": functools.partial(timing, name, folder, scripts, tiny) for name in CASES}
+    return found | {f"profile: {name}": functools.partial(profile, name, folder, tiny) for name in list(CASES)[:1]}
+
+
+def judge(stored: Stored) -> None:
+    """Mark the times whose path has not passed its numerics."""
     for name, case in CASES.items():
-        found = stored.get(name)
-        if not found or "skipped" in found or "failed" in found:
-            lines.append(f"{name:50} {(found or {}).get('failed') or (found or {}).get('skipped') or 'not measured'}")
+        found, gate = stored.get(f"timing: {name}"), stored.get(f"numerics: {case.path}", {})
+        if found is None:
             continue
-        own, peer = found.get("ours") or stored.get(case.ours or "", {}).get("ours"), found.get("peer")
-        parts = []
-        if "ours" in found:
-            wanted = f" (target {case.pairs_per_second:g})" if case.pairs_per_second else ""
-            parts.append(f"{1 / own['seconds_per_item']:.2f} pairs/s{wanted}, {own['peak_bytes'] / 1e9:.1f} GB")
-        if peer and own:
-            times = peer["seconds_per_item"] / own["seconds_per_item"]
-            memory = own["peak_bytes"] / peer["peak_bytes"]
-            parts.append(f"{times:.2f} times {case.peer} (target {case.ratio:g}), {memory:.2f} of its memory (target 0.8 at equal batch)")
-        lines.append(f"{name:50} {'; '.join(parts)}")
-    return lines
+        found.pop("void", None)
+        if not gate.get("passed"):
+            why = "have not been measured" if not gate else "failed" if "failed" in gate else f"gave a logit of {gate['largest_logit']:.2g}"
+            found["void"] = f"the numerics of {case.path!r} {why}"
 
 
-def results_file(tiny: bool, given: Path | None) -> Path:
-    """Where the results of this card are kept."""
-    card = torch.cuda.get_device_name().lower().replace(" ", "-") if torch.cuda.is_available() else "none"
-    return given or HERE / "results" / f"gpu-{'tiny-' if tiny else ''}{card}.json"
+def table(stored: Stored) -> str:
+    """Markdown: the numbers of every contestant, then the ratios to ours with their targets."""
+    product = stored.get("calibration", {}).get("bf16_product_tflops")
+    columns = ["case", "who", "pairs/s", "peak GB", "start, s", "hours for 100,000 pairs", "useful TFLOP/s", "of the card's product"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, case in CASES.items():
+        found = stored.get(f"timing: {name}", {})
+        lines += [f"| {name} | failed: {error.strip().splitlines()[-1:]} | | | | | | |" for error in parts.failures(found)]
+        entrants = {who: seen for who, seen in found.get("entrants", {}).items() if "failed" not in seen}
+        lines += [f"| {title(name, found)} | {who} | {numbers(case, who, seen, product)} |" for who, seen in entrants.items()]
+    columns = ["ours, as many times as", "ratio", "least and largest", "target", f"peak memory at equal pairs, target {MEMORY}"]
+    lines += ["", f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for name, case in CASES.items():
+        found = stored.get(f"timing: {name}", {})
+        for who, ratio in found.get("ratios", {}).items():
+            goal = f"{case.ratio:g}" if case.ratio and case.entries[who].who in PEERS else ""
+            spread = f"{ratio['least']:.2f} to {ratio['largest']:.2f}"
+            room = memory(case, found["entrants"], who)
+            lines.append(f"| {title(name, found)}: {who} | {ratio['ratio']:.2f} | {spread} | {goal} | {room} |")
+    return "\n".join(lines)
 
 
-def main() -> int:
-    """Measure what is missing until the time is over; 0 when everything is there."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, required=True, help="for models, caches and runs: 30 GB")
-    parser.add_argument("--all", action="store_true", help="every case; else those of --case")
-    parser.add_argument("--case", action="append", choices=sorted(CASES), default=[])
-    parser.add_argument("--minutes", type=float, default=6, help="begin nothing after this long; one measurement takes up to 4 minutes")
-    parser.add_argument("--diffusers", type=Path, metavar="SCRIPT")
-    parser.add_argument("--salesforce", type=Path, metavar="SCRIPT")
+def title(name: str, found: Mapping[str, Any]) -> str:
+    """A case, and why its numbers do not count if they do not."""
+    return f"{name} (void: {found['void']})" if "void" in found else name
+
+
+def numbers(case: Case, who: str, seen: Mapping[str, Any], product: float | None) -> str:
+    """The cells of a contestant. Hours include its start with compiling, not the building of a cache."""
+    each, start = seen["seconds_per_item"], seen["seconds_to_first_step"]
+    goal = f", target {case.pairs_per_second:g}" if who == "ours" and case.pairs_per_second else ""
+    tune = "lora" if "LoRA" in case.path else "full"
+    useful = tflop_per_pair(case.work, case.family, tune) / each
+    cells = [f"{1 / each:.2f}{goal}", f"{seen['peak_bytes'] / 1e9:.1f}", f"{start:.0f}", f"{(start + 1e5 * each) / 3600:.1f}"]
+    return " | ".join([*cells, f"{useful:.0f}", f"{100 * useful / product:.0f} %" if product else ""])
+
+
+def memory(case: Case, found: Mapping[str, Any], peer: str) -> str:
+    """Our peak over a peer's with as many pairs, the least of our entries; empty where there is none."""
+    pairs = case.entries[peer].pairs
+    same = [who for who, entry in case.entries.items() if entry.who == "ours" and entry.pairs == pairs]
+    peaks = [found[who]["peak_bytes"] for who in same if "peak_bytes" in found.get(who, {})]
+    return f"{min(peaks) / found[peer]['peak_bytes']:.2f}" if peaks and case.entries[peer].who in PEERS else ""
+
+
+def add_arguments(parser: argparse.ArgumentParser, minutes: float) -> None:
+    """Flags of this program and of the pack."""
+    parser.add_argument("--folder", type=Path, help="for models, caches and runs: 40 GB")
+    parser.add_argument("--minutes", type=float, default=minutes, help="begin nothing after this long")
+    parser.add_argument("--again", action="store_true", help="repeat parts that have failed")
+    for peer in PEERS:
+        parser.add_argument(f"--{peer}", type=Path, metavar="SCRIPT", help="the peer's training script; left out if not given")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--tiny", action="store_true", help="tiny networks, also on a CPU: a test of this program, not a measurement")
-    args = parser.parse_args()
+
+
+def go(args: argparse.Namespace, start: str, wanted: Parts, scripts: Scripts) -> int:
+    """Do what is missing, print the table and the last line; the exit code."""
+    if args.folder is None:
+        sys.exit("give --folder")
     if not torch.cuda.is_available() and not args.tiny:
         sys.exit("there is no GPU; --tiny tests this program without one")
     os.environ.update(PYTHONPATH=os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]))
-    path, start = results_file(args.tiny, args.results), time.monotonic()
-    stored = json.loads(path.read_text()) if path.exists() else {}
-    scripts = {"diffusers": args.diffusers, "salesforce": args.salesforce}
-    for name in CASES if args.all else args.case:
-        if name in stored or time.monotonic() - start > 60 * args.minutes:
-            continue
-        try:
-            stored[name] = measure(name, CASES[name], args.folder, scripts, args.tiny)
-        except (RuntimeError, subprocess.CalledProcessError) as error:
-            stored[name] = {"failed": str(error)[-1500:]}
-        stored["machine"] = machine() | {"card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
-        path.write_text(json.dumps(stored, indent=1) + "\n")
-    print("\n".join(verdicts(stored)))
-    return int(any(name not in stored for name in (CASES if args.all else args.case)))
+    given = {peer for peer, script in scripts.items() if script}
+    path = parts.results_file(start, args.tiny, args.results)
+    stored = parts.carry_out(path, wanted, minutes=args.minutes, given=given, again=args.again, judged=judge)
+    print(table(stored))
+    text, code = parts.summary(stored, wanted, given)
+    print(text)
+    return code
+
+
+def main() -> int:
+    """Measure what is missing until the time is over; 0 when everything is there and counts."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser, minutes=4)
+    parser.add_argument("--all", action="store_true", help="every case; else those of --case")
+    parser.add_argument("--case", action="append", choices=sorted(CASES), default=[])
+    parser.add_argument("--table", type=Path, metavar="RESULTS", help="print the table of results that are there, and nothing else")
+    args = parser.parse_args()
+    if args.table:
+        print(table(parts.read(args.table)))
+        return 0
+    scripts = {peer: getattr(args, peer) for peer in PEERS}
+    every = wanted_parts(args.folder, scripts, args.tiny)
+    of_cases = {f"{kind}: {name}" for name in args.case for kind in ("timing", "profile")}
+    of_cases |= {f"numerics: {CASES[name].path}" for name in args.case} | {"calibration"}
+    return go(args, "gpu", {name: work for name, work in every.items() if args.all or name in of_cases}, scripts)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import statistics
 import subprocess
 import sys
@@ -43,8 +44,9 @@ class Contestant:
 class Entrant:
     """A contestant's process; waits after its first step."""
 
-    def __init__(self, name: str, contestant: Contestant, logs: Path) -> None:
+    def __init__(self, name: str, contestant: Contestant, logs: Path, patience: float | None = None) -> None:
         self.name, self.contestant, self.log = name, contestant, logs / f"{name.replace(' ', '_')}.log"
+        self.patience = patience  # seconds to wait for a report
         to_child, from_child = os.pipe(), os.pipe()
         environment = {**os.environ, **contestant.environment, "DIFFPREF_CONTEST": f"{to_child[0]},{from_child[1]}"}
         start = time.perf_counter()
@@ -60,11 +62,17 @@ class Entrant:
         os.close(to_child[0])
         os.close(from_child[1])
         self.to, self.replies = os.fdopen(to_child[1], "w"), os.fdopen(from_child[0])
-        self.answer()
+        try:
+            self.answer()
+        except RuntimeError:
+            self.stop()
+            raise
         self.seconds_to_first_step = time.perf_counter() - start
 
     def answer(self) -> dict[str, Any]:
-        """The next report. Raises RuntimeError with the end of its log when the process has ended."""
+        """The next report. Raises RuntimeError with the end of its log when the process has ended, or says nothing for too long."""
+        if not select.select([self.replies], [], [], self.patience)[0]:
+            raise RuntimeError(f"{self.name} has said nothing for {self.patience:.0f} s:\n{self.log.read_text()[-3000:]}")
         line = self.replies.readline()
         if not line:
             raise RuntimeError(f"{self.name} ended early:\n{self.log.read_text()[-3000:]}")
@@ -85,16 +93,24 @@ class Entrant:
 
 
 def contest(
-    contestants: Mapping[str, Contestant], logs: Path, *, rounds: int = 3, steps: int = 6, warm_up: int = 3, unit: str = "cpu"
+    contestants: Mapping[str, Contestant],
+    logs: Path,
+    *,
+    rounds: int = 3,
+    steps: int = 6,
+    warm_up: int = 3,
+    unit: str = "cpu",
+    patience: float | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Name -> seconds per item and what else was measured of it.
 
     unit: "cpu", the median of the steps' CPU seconds; "wall", the mean, because a GPU runs behind what is launched.
+    patience: seconds to wait for a start or a block of steps; without end if None.
     """
     logs.mkdir(parents=True, exist_ok=True)
     entrants: list[Entrant] = []
     try:
-        entrants += [Entrant(name, contestant, logs) for name, contestant in contestants.items()]
+        entrants += [Entrant(name, contestant, logs, patience) for name, contestant in contestants.items()]
         for entrant in entrants:
             if warm_up:
                 entrant.block(warm_up)

@@ -21,7 +21,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
-from bare_step import ATTENTION, errors
+from bare_step import ATTENTION, DTYPES, errors
 from diffusers import StableDiffusionXLPipeline
 from peft import LoraConfig
 from PIL import Image
@@ -81,27 +81,34 @@ def main() -> None:
     parser.add_argument("--rank", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--resolution", type=int, default=128)
+    parser.add_argument("--precision", choices=sorted(DTYPES), default="no", help="of the networks but the autoencoder, as is usual")
     parser.add_argument("--max_train_steps", type=int, default=10**9)
     args = parser.parse_args()
     random.seed(0)
     torch.manual_seed(0)
     pipeline = StableDiffusionXLPipeline.from_pretrained(args.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    for part in (pipeline.vae, pipeline.text_encoder, pipeline.text_encoder_2):
-        part.requires_grad_(False)
+    dtype = DTYPES[args.precision]
+    pipeline.vae.requires_grad_(False)
+    for part in (pipeline.text_encoder, pipeline.text_encoder_2):
+        part.requires_grad_(False).to(dtype)
     unet, reference = pipeline.unet, None
     if args.tune == "lora":
-        unet.requires_grad_(False)
+        unet.requires_grad_(False).to(dtype)
         unet.add_adapter(LoraConfig(r=args.rank, lora_alpha=args.rank, init_lora_weights="gaussian", target_modules=ATTENTION))
+        for p in unet.parameters():
+            p.data = p.data.float() if p.requires_grad else p.data
     else:
         reference = copy.deepcopy(unet).requires_grad_(False)
     unet.enable_gradient_checkpointing()
     unet.train()
     trained = [p for p in unet.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-6)
+    autocast = torch.autocast(unet.device.type, dtype, enabled=args.precision != "no")
     for _, (pictures, prompts) in zip(range(args.max_train_steps), batches(args.pairs_file, args.pairs, args.resolution), strict=False):
         x = prepared(pipeline, pictures, prompts, args.resolution)
-        own = errors(unet, x)
-        with torch.no_grad():
+        with autocast:
+            own = errors(unet, x)
+        with torch.no_grad(), autocast:
             if reference is None:
                 unet.disable_adapters()
             known = errors(reference or unet, x)

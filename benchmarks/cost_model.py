@@ -116,19 +116,25 @@ def seconds(method: str, network: str, card: Card, setup: Setup, measured: dict[
 
     method: of METHODS; network: of NETWORKS; measured: constants of the input. Raises ValueError for unknown names.
     """
-    for name, known in ((method, METHODS), (network, NETWORKS)):
-        if name not in known:
-            raise ValueError(f"{name!r} is not known; accepted: {', '.join(known)}")
+    per_pair = tflop_per_pair(method, network, setup.tune) + (0 if setup.cached else 2 * NETWORKS[network].vae_encode)
     work, net = METHODS[method], NETWORKS[network]
-    per_picture = work.trained * (net.train_full if setup.tune == "full" else net.train_lora)
-    per_picture += (work.reference + work.inversion) * net.forward + (0 if setup.cached else net.vae_encode)
-    compute = setup.pairs * 2 * per_picture / (card.tflops * card.compute_share)
+    compute = setup.pairs * per_pair / (card.tflops * card.compute_share)
     scale = (net.latent_side / 128) ** 2
     reading = measured["read_cached_pair"] if setup.cached else measured["decode_pair"]
     input_ = setup.pairs * scale * (reading + measured["draw_noise"]) / (1 if setup.cached else setup.workers)  # a cache is read by the run
     found = {"compute": compute, "input": input_, "messages": messages(net, card, setup, work)}
     longest = max(found.values())
     return found | {"step": longest, "pairs_per_second": setup.gpus * setup.pairs / longest}
+
+
+def tflop_per_pair(method: str, network: str, tune: str) -> float:
+    """Of what a method cannot do without: no recomputed activations, no autoencoder. Raises ValueError for unknown names."""
+    for name, known in ((method, METHODS), (network, NETWORKS)):
+        if name not in known:
+            raise ValueError(f"{name!r} is not known; accepted: {', '.join(known)}")
+    work, net = METHODS[method], NETWORKS[network]
+    per_picture = work.trained * (net.train_full if tune == "full" else net.train_lora)
+    return 2 * (per_picture + (work.reference + work.inversion) * net.forward)
 
 
 def messages(net: Network, card: Card, setup: Setup, work: Work) -> float:

@@ -24,6 +24,7 @@ from PIL import Image, ImageDraw, ImageFilter
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from diffpref.testbed.tokenizer import write_tokenizer
+from diffpref.training.run_folder import write_json
 
 WORDS = ("red", "blue", "green", "small", "large", "old", "new", "city", "forest", "river", "cat", "dog", "house", "car", "bridge", "night")
 SIZES: dict[str, dict[str, Any]] = {
@@ -145,8 +146,8 @@ def picture(rng: np.random.Generator, side: int) -> bytes:
 def write_pairs(folder: Path, pairs: int, side: int) -> None:
     """Pairs with the columns of Pick-a-Pic v2 and no ties; also the better pictures alone, with captions beside them."""
     rng = np.random.default_rng(0)
-    (folder / "pickapic").mkdir(parents=True)
-    (folder / "better").mkdir()
+    for name in ("pickapic", "better"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
     labels = rng.integers(0, 2, pairs)
     pictures = {name: [picture(rng, side) for _ in range(pairs)] for name in ("jpg_0", "jpg_1")}
     captions = [" ".join(rng.choice(WORDS, 8)) for _ in range(pairs)]
@@ -177,7 +178,7 @@ def make(folder: Path, size: str, pairs: int, side: int) -> dict[str, Any]:
         with torch.device("meta"):
             parameters = sum(p.numel() for p in new_unet(size).parameters())
         facts = {"size": size, "pairs": pairs, "side": side, "unet_parameters": parameters, "sha256": digest.hexdigest()}
-        (folder / "facts.json").write_text(json.dumps(facts))
+        write_json(folder / "facts.json", facts)
     return json.loads((folder / "facts.json").read_text())
 
 
