@@ -5,8 +5,8 @@
 
 First comes the gate: on every path that is timed, an untouched policy has to answer as its reference; times on a path that does not
 are void. Contestants run one after the other, forwards and then backwards through their case (A B B A), because two of them would not
-fit into the memory together. Ends between two measurements when --minutes are over; every measurement is kept at once in
-benchmarks/results/gpu-<card>.json, and the same command goes on with what is missing.
+fit into the memory together. Nothing is begun when --minutes are over; every case is kept at once in
+benchmarks/results/gpu-<card>.json and every turn in the folder, and the same command goes on with what is missing.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from gpu_cases import (
     NUMERICS,
     PATIENCE,
     PEERS,
+    SIDES,
     Case,
     build_cache,
     contestant,
@@ -46,6 +47,8 @@ from gpu_cases import (
 )
 from parts import Stored
 
+from diffpref.training.run_folder import write_json
+
 MEMORY = 0.8
 """The target for our peak memory over a peer's with as many pairs per step."""
 Scripts = Mapping[str, Path | None]
@@ -54,7 +57,7 @@ Parts = dict[str, Callable[[], dict[str, Any]]]
 
 def numerics(name: str, folder: Path, tiny: bool) -> dict[str, Any]:
     """Logits of an untouched policy on one path, pair by pair."""
-    place, side = fixtures(folder, "sdxl", 1024, tiny), 64 if tiny else 1024
+    place, side = fixtures(folder, "sdxl", tiny), 64 if tiny else SIDES["sdxl"]
     flags = our_flags(place, side, (smaller(NUMERICS[name]) if tiny else NUMERICS[name]) | {"preflight": "warn"})
     build_cache(flags)
     try:
@@ -65,22 +68,33 @@ def numerics(name: str, folder: Path, tiny: bool) -> dict[str, Any]:
 
 
 def timing(name: str, folder: Path, scripts: Scripts, tiny: bool) -> dict[str, Any]:
-    """Seconds per pair, rounds and peak memory of every contestant of a case, and how it compares with ours."""
+    """Seconds per pair, rounds and peak memory of every contestant of a case, and how it compares with ours.
+
+    Turns are kept in the folder as they are taken, so that a case that was cut off goes on with the next one.
+    """
     case = small_case(CASES[name]) if tiny else CASES[name]
-    place = fixtures(folder, case.family, CASES[name].side, tiny)
-    able = {who: entry for who, entry in case.entries.items() if entry.who not in PEERS or scripts.get(entry.who)}
-    found: dict[str, Any] = {}
+    place = fixtures(folder, case.family, tiny)
+    able = [who for who, entry in case.entries.items() if entry.who not in PEERS or scripts.get(entry.who)]
+    order, file = [*able, *reversed(able)], place / "turns" / f"{name.replace(' ', '_')}.json"
+    kept = parts.read(file)
+    turns = kept["turns"] if kept.get("order") == order else []
+    file.parent.mkdir(exist_ok=True)
     try:
-        for who in [*able, *reversed(able)]:
-            if "failed" not in found.get(who, {}):
-                found[who] = joined(found.get(who), taken(who, place, case, scripts, tiny))
+        for who in order[len(turns) :]:
+            earlier = next((turn for other, turn in zip(order, turns, strict=False) if other == who), {})
+            turns.append(earlier if "failed" in earlier else taken(who, place, case, scripts, tiny))
+            write_json(file, {"order": order, "turns": turns})
             parts.clear(place / "runs")
     finally:
         parts.clear(place / "runs")
-    without = sorted({entry.who for entry in case.entries.values()} & set(PEERS) - {who for who in PEERS if scripts.get(who)})
+    there = dict(zip(able, turns, strict=False))
+    back = dict(zip(reversed(able), turns[len(able) :], strict=False))
+    found = {who: joined(there[who], back[who]) for who in able}
     sound = {who: seen for who, seen in found.items() if "failed" not in seen}
-    first = next(iter(case.entries))
+    first = able[0]
     compared = {who: ratios(sound, slower=who, faster=first) for who in sound if who != first and first in sound}
+    file.unlink()
+    without = sorted({entry.who for entry in case.entries.values()} & set(PEERS) - {who for who in PEERS if scripts.get(who)})
     return {"entrants": found, "ratios": compared, "without": without}
 
 
@@ -94,14 +108,14 @@ def taken(who: str, place: Path, case: Case, scripts: Scripts, tiny: bool) -> di
         return {"failed": str(error)[-parts.LAST_WORDS :]}
 
 
-def joined(before: Mapping[str, Any] | None, now: dict[str, Any]) -> dict[str, Any]:
-    """The rounds of two processes; an error of either is the result."""
-    if before is None or "failed" in now:
-        return now
-    rounds = before["rounds"] + now["rounds"]
-    start = min(before["seconds_to_first_step"], now["seconds_to_first_step"])
-    most = max(before["peak_bytes"], now["peak_bytes"])
-    return now | {"rounds": rounds, "seconds_per_item": statistics.median(rounds), "seconds_to_first_step": start, "peak_bytes": most}
+def joined(there: dict[str, Any], back: dict[str, Any]) -> dict[str, Any]:
+    """Both turns of a contestant; an error of either is the result. The longer start compiled, the shorter one may have found the code."""
+    for turn in (there, back):
+        if "failed" in turn:
+            return turn
+    rounds = there["rounds"] + back["rounds"]
+    most = {key: max(there[key], back[key]) for key in ("seconds_to_first_step", "peak_bytes")}
+    return back | {"rounds": rounds, "seconds_per_item": statistics.median(rounds)} | most
 
 
 def calibration(side: int = 8192) -> dict[str, Any]:
@@ -121,7 +135,7 @@ def calibration(side: int = 8192) -> dict[str, Any]:
 def profile(name: str, folder: Path, tiny: bool) -> dict[str, Any]:
     """The kernels that take longest in three steps of ours."""
     case = small_case(CASES[name]) if tiny else CASES[name]
-    place = fixtures(folder, case.family, CASES[name].side, tiny)
+    place = fixtures(folder, case.family, tiny)
     command = contestant(place, case, case.entries["ours"], {}).command()
     table = place / "kernels.txt"
     command[2:2] = ["--profile", str(table), "--limit", "7"]
@@ -159,7 +173,7 @@ def table(stored: Stored) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for name, case in CASES.items():
         found = stored.get(f"timing: {name}", {})
-        lines += [f"| {name} | failed: {error.strip().splitlines()[-1:]} | | | | | | |" for error in parts.failures(found)]
+        lines += [f"| {name} | failed: {last_line(error)} | | | | | | |" for error in parts.failures(found)]
         entrants = {who: seen for who, seen in found.get("entrants", {}).items() if "failed" not in seen}
         lines += [f"| {title(name, found)} | {who} | {numbers(case, who, seen, product)} |" for who, seen in entrants.items()]
     columns = ["ours, as many times as", "ratio", "least and largest", "target", f"peak memory at equal pairs, target {MEMORY}"]
@@ -174,6 +188,11 @@ def table(stored: Stored) -> str:
     return "\n".join(lines)
 
 
+def last_line(text: str) -> str:
+    """Of an error, what says most; without the bars of a table."""
+    return text.strip().rpartition("\n")[2].replace("|", "/")
+
+
 def title(name: str, found: Mapping[str, Any]) -> str:
     """A case, and why its numbers do not count if they do not."""
     return f"{name} (void: {found['void']})" if "void" in found else name
@@ -183,10 +202,10 @@ def numbers(case: Case, who: str, seen: Mapping[str, Any], product: float | None
     """The cells of a contestant. Hours include its start with compiling, not the building of a cache."""
     each, start = seen["seconds_per_item"], seen["seconds_to_first_step"]
     goal = f", target {case.pairs_per_second:g}" if who == "ours" and case.pairs_per_second else ""
-    tune = "lora" if "LoRA" in case.path else "full"
-    useful = tflop_per_pair(case.work, case.family, tune) / each
+    useful = tflop_per_pair(case.work, case.family, "lora" if "LoRA" in case.path else "full") / each if case.work else None
+    share = f"{100 * useful / product:.0f} %" if useful and product else ""
     cells = [f"{1 / each:.2f}{goal}", f"{seen['peak_bytes'] / 1e9:.1f}", f"{start:.0f}", f"{(start + 1e5 * each) / 3600:.1f}"]
-    return " | ".join([*cells, f"{useful:.0f}", f"{100 * useful / product:.0f} %" if product else ""])
+    return " | ".join([*cells, f"{useful:.0f}" if useful else "", share])
 
 
 def memory(case: Case, found: Mapping[str, Any], peer: str) -> str:

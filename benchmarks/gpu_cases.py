@@ -24,7 +24,8 @@ from diffpref.training.run_folder import write_json
 
 FEW = 400  # optimizer steps that a run is told to take; no contest takes so many
 PAIRS = 64  # of the data
-PATIENCE = 480.0  # seconds for a start with its first step, or for a block of steps
+SIDES = {"sdxl": 1024, "sd15": 512}  # pixels of a family's pairs
+PATIENCE = 330.0  # seconds for a program, or for a contestant's start with its first step
 PEERS = ("diffusers", "salesforce")
 
 
@@ -45,7 +46,7 @@ class Case:
     side: int  # pixels
     entries: Mapping[str, Entry]
     path: str  # of NUMERICS, without which the times do not count
-    work: str  # of the cost model's METHODS: what a pair computes
+    work: str | None = None  # of the cost model's METHODS: what a pair computes, where it has been counted
     pairs_per_second: float | None = None  # the target on one H200
     ratio: float | None = None  # the target for times as many pairs per second as each peer
 
@@ -64,9 +65,13 @@ NUMERICS: dict[str, dict[str, Any]] = {
     "LoRA, channels last": LORA | {"compile": False, "channels_last": True},
     "LoRA, compiled": LORA,
     "LoRA, recomputed activations": LORA | {"compile": False, "gradient_checkpointing": True, "train_batch_size": 8},
+    "LoRA, products kept": LORA | {"compile": False, "gradient_checkpointing": "selective"},
+    "LoRA, flash attention": LORA | {"compile": False, "attention": "native_flash"},
+    "LoRA, cuDNN attention": LORA | {"compile": False, "attention": "native_cudnn"},
     "LoRA, TF32": LORA | {"compile": False, "base_dtype": "fp32", "mixed_precision": "no", "allow_tf32": True, "train_batch_size": 1},
     "all weights": FULL | {"compile": False, "train_batch_size": 1},
     "all weights, compiled": FULL,
+    "all weights in bf16, compiled": FULL | {"base_dtype": "bf16"},
 }
 """Paths on which an untouched policy has to answer as its reference; 4 pairs if nothing else is said, bf16 but for TF32."""
 
@@ -127,6 +132,7 @@ CASES = {
         "LoRA, compiled",
         "diffusion_dpo",
     ),
+    "SDXL 512, DPO, LoRA": Case("sdxl", 512, {"ours": replace(OURS, pairs=8)}, "LoRA, compiled", pairs_per_second=38),
     "SDXL 1024, DPO, all weights": Case(
         "sdxl",
         1024,
@@ -155,6 +161,9 @@ CASES = {
     "SDXL 1024, InPO, all weights": Case(
         "sdxl", 1024, {"ours": Entry("ours", 4, FULL | {"method": "inpo", "compile": False})}, "all weights", "inpo", pairs_per_second=3.2
     ),
+    "SDXL 1024, Inversion-DPO with 8 steps, LoRA": Case(
+        "sdxl", 1024, {"ours": Entry("ours", 1, LORA | {"compile": False, "method": "inversion_dpo", "num_steps": 8})}, "LoRA, one pair"
+    ),
 }
 """In the order in which they are measured."""
 
@@ -168,7 +177,7 @@ def words(flags: Mapping[str, Any]) -> list[str]:
 
 def smaller(flags: Mapping[str, Any]) -> dict[str, Any]:
     """Settings for the tiny fixture, also on a CPU: it has no TF32, and compiling takes minutes. bf16 stays."""
-    return {key: value for key, value in flags.items() if key not in ("compile", "allow_tf32")}
+    return {key: value for key, value in flags.items() if key not in ("compile", "allow_tf32", "attention")}
 
 
 def small_case(case: Case) -> Case:
@@ -177,22 +186,22 @@ def small_case(case: Case) -> Case:
     return replace(case, side=64, entries=entries)
 
 
-def fixtures(folder: Path, family: str, side: int, tiny: bool) -> Path:
+def fixtures(folder: Path, family: str, tiny: bool) -> Path:
     """Folder with model and pairs, made once: random weights of the real configuration in bf16."""
-    place = folder / (f"tiny-{family}" if tiny else f"{family}-{side}")
+    place = folder / (f"tiny-{family}" if tiny else family)
     if tiny:
         fixture.make(place, "tiny", pairs=PAIRS, side=64)
     elif not (place / "facts.json").exists():
         write_model(place / "model", family, torch.bfloat16)
-        fixture.write_pairs(place, pairs=PAIRS, side=side)
-        write_json(place / "facts.json", {"family": family, "side": side, "pairs": PAIRS})
+        fixture.write_pairs(place, pairs=PAIRS, side=SIDES[family])
+        write_json(place / "facts.json", {"family": family, "side": SIDES[family], "pairs": PAIRS})
     return place
 
 
 def our_flags(place: Path, side: int, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a run on the fixture; `flags` win. The cache is the one for the dtype of its text encoders."""
-    found: dict[str, Any] = {"pretrained_model_name_or_path": place / "model", "train_data_dir": place / "pickapic"}
-    found |= {"cache_dir": place / "tables", "latent_cache": place / f"latents-{flags.get('base_dtype', 'fp32')}", "resolution": side}
+    """Settings of a run on the fixture; `flags` win. The cache is the one for its size and the dtype of its text encoders."""
+    found: dict[str, Any] = {"pretrained_model_name_or_path": place / "model", "train_data_dir": place / "pickapic", "resolution": side}
+    found |= {"cache_dir": place / "tables", "latent_cache": place / f"latents-{side}-{flags.get('base_dtype', 'fp32')}"}
     found |= {"output_dir": new_folder(place), "method": "diffusion_dpo", "preset": "diffpref", "preflight": "off"}
     found |= {"train_batch_size": 4, "gradient_accumulation_steps": 1, "learning_rate": 1e-5, "lr_scheduler": "constant"}
     return found | {"lr_warmup_steps": 0, "max_train_steps": FEW, "checkpointing_steps": 10**6, **flags}

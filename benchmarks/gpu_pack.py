@@ -32,7 +32,7 @@ import parts
 import pyarrow as pa
 import pyarrow.parquet as pq
 from bench_cpu import HERE, ROOT
-from gpu_cases import LORA, PAIRS, PATIENCE, PEERS, build_cache, fixtures, our_flags, smaller, words
+from gpu_cases import LORA, PAIRS, PATIENCE, PEERS, SIDES, build_cache, fixtures, our_flags, smaller, words
 from large_testbed import NAMES
 
 from diffpref.methods.recipes import RECIPES
@@ -47,7 +47,7 @@ NOT_TRIED = {
 EDITS = {"caption_edits": "red green blue"}
 LISTS = {"train_batch_size": 2}  # of four pictures each
 EXTRA: dict[str, dict[str, Any]] = {
-    "inversion_dpo": {"num_steps": 4, "train_batch_size": 1},
+    "inversion_dpo": {"num_steps": 2, "train_batch_size": 1},
     "odpo": {"score": "quality"},
     "smpo": {"score": "quality"},
     **dict.fromkeys(("dcpo", "tdpo", "tkto"), EDITS),
@@ -82,8 +82,8 @@ def overfit(name: str, folder: Path, tiny: bool) -> dict[str, Any]:
 
     It passes when every loss is finite and the last pass's mean is below the first one's; tiny networks need only be finite.
     """
-    place = fixtures(folder, "sdxl", 1024, tiny)
-    flags = overfit_flags(name, place, 64 if tiny else 1024, tiny)
+    place = fixtures(folder, "sdxl", tiny)
+    flags = overfit_flags(name, place, 64 if tiny else SIDES["sdxl"], tiny)
     write_variants(place)
     build_cache(flags)
     try:
@@ -125,7 +125,7 @@ def write_variants(place: Path) -> None:
 
 def testbed(name: str, folder: Path, tiny: bool) -> dict[str, Any]:
     """One part of the large testbed."""
-    given = ["--folder", str(folder / "testbed"), "--part", name, *(["--tiny"] if tiny else [])]
+    given = ["--folder", str(folder / "testbed"), "--part", name, "--seconds", "240", *(["--tiny"] if tiny else [])]
     said = parts.run_program([sys.executable, str(HERE / "large_testbed.py"), *given], PATIENCE)
     return json.loads(said.splitlines()[-1])
 

@@ -4,7 +4,8 @@
 
 The shipped autoencoder serves, because it is convolutional: 128 pixels are 16 x 16 latents. Scenes are the testbed's, drawn twice as fine,
 and the true reward reads them at 64 pixels. Each row is trained with true labels and, as its control, with shuffled ones, and judged on the
-test prompts with the base model's seeds. One part is one short process, so that all can be continued at any time.
+test prompts with the base model's seeds. One part is one short process, so that all can be continued at any time; the base model's
+training ends after --seconds with {"unfinished": ...}, and the same command goes on with it.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import dataclasses
 import io
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,7 @@ from diffpref.training.objective import build_objective
 FINE = 2
 RATE = 3e-4  # of the base model
 SIDE = FINE * IMAGE_SIZE
+SAVE_STEPS = 500
 ROWS = {
     "sft": ({}, 5e-5),
     "diffusion_dpo": ({"beta": 600.0}, 2e-4),
@@ -111,8 +114,11 @@ def new_unet(budget: Budget) -> UNet2DConditionModel:
 
 
 @torch.no_grad()
-def training_set(vae: AutoencoderKL, tokenizers: list[CLIPTokenizer], budget: Budget, device: torch.device) -> train_base.TrainingSet:
-    """Latents and token ids of rendered scenes, on the device."""
+def training_set(tokenizers: list[CLIPTokenizer], budget: Budget, device: torch.device, file: Path) -> train_base.TrainingSet:
+    """Latents and token ids of rendered scenes, on the device; kept in the file, because drawing them takes minutes."""
+    if file.exists():
+        return train_base.TrainingSet(*torch.load(file, weights_only=True, map_location=device))
+    vae = vae_of_testbed().to(device)
     rng, latents, captions = np.random.default_rng(8), [], []
     for start in range(0, budget.scenes, 200):
         scenes = sample_scenes(rng, min(200, budget.scenes - start))
@@ -120,22 +126,29 @@ def training_set(vae: AutoencoderKL, tokenizers: list[CLIPTokenizer], budget: Bu
         latents.append(vae.encode(pixels).latent_dist.mode() * vae.config.scaling_factor)
         captions += scenes.captions()
     ids = [train_base.tokenize(t, captions).to(device) for t in tokenizers]
+    torch.save([torch.cat(latents), *ids], file.with_suffix(".half"))
+    file.with_suffix(".half").replace(file)
     return train_base.TrainingSet(torch.cat(latents), *ids)
 
 
-def part_base(folder: Path, budget: Budget) -> dict[str, Any]:
+def vae_of_testbed() -> AutoencoderKL:
+    """The shipped autoencoder."""
+    return AutoencoderKL.from_pretrained(asset("testbed", "pipeline"), subfolder="vae", torch_dtype=torch.float32)
+
+
+def part_base(folder: Path, budget: Budget, seconds: float) -> dict[str, Any]:
     """Train UNet and text encoders together from scratch, as the small testbed's are."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(1)
+    start, device = time.perf_counter(), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokenizers = [write_tokenizer(folder / "vocabulary" / n, pad) for n, pad in (("one", "<|endoftext|>"), ("two", "!"))]
-    vae = AutoencoderKL.from_pretrained(asset("testbed", "pipeline"), subfolder="vae", torch_dtype=torch.float32).to(device)
-    data = training_set(vae, tokenizers, budget, device)
+    data = training_set(tokenizers, budget, device, folder / "scenes.pt")
+    torch.manual_seed(1)
     networks = train_base.new_networks(len(tokenizers[0]))
     networks.unet = new_unet(budget)
-    start = time.perf_counter()
-    losses = fit(networks, data, budget, device)
+    losses = fit(networks, data, budget, device, folder / "training.pt", start + seconds)
+    if len(losses) < budget.steps:
+        return {"unfinished": f"{len(losses)} of {budget.steps} steps"}
     pipeline = StableDiffusionXLPipeline(
-        vae=vae,
+        vae=vae_of_testbed(),
         text_encoder=networks.text_encoder,
         text_encoder_2=networks.text_encoder_2,
         tokenizer=tokenizers[0],
@@ -146,18 +159,29 @@ def part_base(folder: Path, budget: Budget) -> dict[str, Any]:
     )
     pipeline.to("cpu", torch.float16).save_pretrained(folder / "model")
     parameters = sum(p.numel() for p in networks.unet.parameters())
-    return {"unet_parameters": parameters, "seconds": time.perf_counter() - start, "first_loss": losses[0], "last_loss": losses[-1]}
+    return {"unet_parameters": parameters, "seconds": time.perf_counter() - start, "losses": losses[::50]}
 
 
-def fit(networks: train_base.Networks, data: train_base.TrainingSet, budget: Budget, device: torch.device) -> list[float]:
-    """Train in place and leave the moving average of the weights; the loss of every 50th step."""
+def fit(
+    networks: train_base.Networks, data: train_base.TrainingSet, budget: Budget, device: torch.device, file: Path, end: float
+) -> list[float]:
+    """Train in place and leave the moving average of the weights; the loss of every step that has been taken.
+
+    file: what the next call goes on from, written every SAVE_STEPS steps and when the clock has reached `end`.
+    """
     module = networks.module().to(device)
     average = [p.detach().clone() for p in module.parameters()]
     optimizer = torch.optim.AdamW(module.parameters(), lr=RATE, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=budget.steps, pct_start=0.1)
     alphas = train_base.new_scheduler().alphas_cumprod.to(device)
-    losses = []
-    for step in range(budget.steps):
+    losses: list[torch.Tensor] = []
+    if file.exists():
+        kept = torch.load(file, weights_only=True, map_location=device)
+        for part, state in ((module, kept["module"]), (optimizer, kept["optimizer"]), (schedule, kept["schedule"])):
+            part.load_state_dict(state)
+        average, losses = kept["average"], list(kept["losses"])
+    for step in range(len(losses), budget.steps):
+        torch.manual_seed(step)  # so that a run which was cut off takes the steps of one which was not
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             loss = noise_regression(networks, data, alphas, budget.batch)
         loss.backward()
@@ -167,12 +191,18 @@ def fit(networks: train_base.Networks, data: train_base.TrainingSet, budget: Bud
         optimizer.zero_grad()
         with torch.no_grad():
             torch._foreach_lerp_(average, list(module.parameters()), 1 - min(0.999, (1 + step) / (10 + step)))
-        if step % 50 == 0:
-            losses.append(float(loss))
+        losses.append(loss.detach())
+        is_over = time.perf_counter() > end
+        if is_over or (step + 1) % SAVE_STEPS == 0 or step + 1 == budget.steps:
+            states = {"module": module.state_dict(), "optimizer": optimizer.state_dict(), "schedule": schedule.state_dict()}
+            torch.save({**states, "average": average, "losses": torch.stack(losses)}, file.with_suffix(".half"))
+            file.with_suffix(".half").replace(file)
+        if is_over:
+            break
     with torch.no_grad():
         for p, value in zip(module.parameters(), average, strict=True):
             p.copy_(value)
-    return losses
+    return torch.stack(losses).tolist()
 
 
 def noise_regression(networks: train_base.Networks, data: train_base.TrainingSet, alphas: torch.Tensor, batch: int) -> torch.Tensor:
@@ -247,17 +277,17 @@ def part_row(method: str, folder: Path, budget: Budget) -> dict[str, Any]:
             max_train_steps=budget.updates,
             no_hflip=True,
             cache_latents=True,
-            preflight="warn",
+            preflight="off",
         )
         align(config, build_objective(method, settings))
         aligned = reward(coarse(sampled(folder, prompts, 0, out)), prompts)
         wins, count = count_wins(base, aligned)
+        shutil.rmtree(out)
         found[labels] = {"win_rate": wins / count, "prompts": count, "reward": float(aligned.mean())}
     return found
 
 
-PARTS = {"base": part_base, "pairs": part_pairs}
-NAMES = (*PARTS, *(f"row-{method}" for method in ROWS))
+NAMES = ("base", "pairs", *(f"row-{method}" for method in ROWS))
 
 
 def main() -> None:
@@ -265,11 +295,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--part", choices=NAMES, required=True)
+    parser.add_argument(
+        "--seconds", type=float, default=float("inf"), help="of the base model's training, before it is kept for the next call"
+    )
     parser.add_argument("--tiny", action="store_true", help="a few steps of a few parameters: a test of this program")
     args = parser.parse_args()
     budget = TINY if args.tiny else Budget()
-    row = args.part.removeprefix("row-")
-    print(json.dumps(PARTS[args.part](args.folder, budget) if args.part in PARTS else part_row(row, args.folder, budget)))
+    if args.part == "base":
+        found = part_base(args.folder, budget, args.seconds)
+    elif args.part == "pairs":
+        found = part_pairs(args.folder, budget)
+    else:
+        found = part_row(args.part.removeprefix("row-"), args.folder, budget)
+    print(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """A long measurement in parts: every result is kept at once, so that the same command goes on with what is missing, however it ended.
 
 A part's result is a dictionary. "failed" in it, or in the result of one of its contestants, holds an error; "without" names peers whose
-scripts were not given, and the part is done again once they are; "passed" says whether a check holds; "void" says why a number does not
-count.
+scripts were not given, and the part is done again once they are; "unfinished" says how far it came; "passed" says whether a check holds;
+"void" says why a number does not count.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def failures(found: Mapping[str, Any]) -> list[str]:
 
 def is_missing(found: Mapping[str, Any] | None, given: Collection[str], again: bool = False) -> bool:
     """Whether a part is still to be done. given: peers whose scripts are there; again: failed parts too."""
-    if found is None or any(peer in given for peer in found.get("without", ())):
+    if found is None or "unfinished" in found or any(peer in given for peer in found.get("without", ())):
         return True
     return again and bool(failures(found))
 
@@ -71,21 +71,21 @@ def carry_out(
     start = time.monotonic()
     stored: Stored = read(path)
     for name, work in wanted.items():
-        if not is_missing(stored.get(name), given, again):
-            continue
-        if time.monotonic() - start > 60 * minutes:
-            break
-        begun = time.monotonic()
-        try:
-            found = work()
-        except Exception as error:  # whatever it is: the next part may do, and this one would fail again
-            found = {"failed": f"{type(error).__name__}: {error}"[-LAST_WORDS:]}
-        stored[name] = found | {"took": time.monotonic() - begun}
-        stored["machine"] = machine() | {"card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
-        judged(stored)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write_json(path, stored)
-        print(f"{name}: {str(stored[name])[:300]}", flush=True)
+        tried = False
+        while is_missing(stored.get(name), given, again and not tried):
+            if time.monotonic() - start > 60 * minutes:
+                return stored
+            begun, tried = time.monotonic(), True
+            try:
+                found = work()
+            except Exception as error:  # whatever it is: the next part may do, and this one would fail again
+                found = {"failed": f"{type(error).__name__}: {error}"[-LAST_WORDS:]}
+            stored[name] = found | {"took": time.monotonic() - begun}
+            stored["machine"] = machine() | {"card": torch.cuda.get_device_name() if torch.cuda.is_available() else "none"}
+            judged(stored)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(path, stored)
+            print(f"{name}: {str(stored[name])[:300]}", flush=True)
     return stored
 
 

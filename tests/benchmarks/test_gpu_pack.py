@@ -88,11 +88,11 @@ def test_pairs_are_seen_twice() -> None:
 
 
 def test_what_an_interrupted_preparation_has_left_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("model", "pickapic", "better", "scored", "lists", "latents-fp32"):
+    for name in ("model", "pickapic", "better", "scored", "lists", "latents-64-fp32"):
         (tmp_path / name).mkdir()
     (tmp_path / "pickapic" / "train-00000-of-00001.parquet").write_bytes(b"half")
     (tmp_path / "scored" / "half").write_bytes(b"half")
-    (tmp_path / "latents-fp32" / "manifest.json").write_text("{}")
+    (tmp_path / "latents-64-fp32" / "manifest.json").write_text("{}")
     fixture.make(tmp_path, "tiny", pairs=4, side=64)
     gpu_pack.write_variants(tmp_path)
     assert (tmp_path / "scored" / "train.parquet").exists()
@@ -101,7 +101,7 @@ def test_what_an_interrupted_preparation_has_left_is_completed(tmp_path: Path, m
     monkeypatch.setattr(gpu_cases, "run_program", lambda command, seconds: commands.append(command))
     gpu_cases.build_cache(gpu_cases.our_flags(tmp_path, 64, {"base_dtype": "fp32"}))
     assert "cache" in commands[0]
-    (tmp_path / "latents-fp32" / "index.safetensors").touch()
+    (tmp_path / "latents-64-fp32" / "index.safetensors").touch()
     gpu_cases.build_cache(gpu_cases.our_flags(tmp_path, 64, {"base_dtype": "fp32"}))
     assert len(commands) == 1
     gpu_cases.build_cache(gpu_cases.our_flags(tmp_path, 64, gpu_cases.LORA))
@@ -138,6 +138,16 @@ def test_a_part_without_its_peer_is_done_again_when_the_peer_comes(tmp_path: Pat
     assert parts.summary(found, ["a"], ())[1] == 0
     assert parts.is_missing(found["a"], given=("diffusers",))
     assert "next: a" in parts.summary(found, ["a"], ("diffusers",))[0]
+
+
+def test_an_unfinished_part_goes_on_before_the_next_begins(tmp_path: Path) -> None:
+    answers = iter([{"unfinished": "1 of 2"}, {"x": 2}])
+    order: list[str] = []
+    wanted = {"a": lambda: order.append("a") or next(answers), "b": lambda: order.append("b") or {}}
+    stored = parts.carry_out(tmp_path / "found.json", wanted, minutes=1)
+    assert order == ["a", "a", "b"]
+    assert stored["a"]["x"] == 2
+    assert parts.is_missing({"unfinished": "1 of 2"}, ())
 
 
 def test_the_error_of_one_contestant_counts() -> None:
@@ -197,7 +207,7 @@ def test_targets_stand_beside_what_was_measured() -> None:
     tflop = 2 * (14.126 + 6.761)
     assert f"| {NAME} | ours | 10.00 | 40.0 | 60 | 2.8 | {10 * tflop:.0f} | {1000 * tflop / 700:.0f} % |" in lines
     assert f"| {NAME}: diffusers | 2.50 | 2.40 to 2.60 | 1.6 | 0.80 |" in lines
-    assert any("out of memory" in line for line in lines)
+    assert f"| {NAME} | failed: out of memory | | | | | | |" in lines
 
 
 def test_contestants_run_forwards_and_then_backwards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -216,6 +226,49 @@ def test_contestants_run_forwards_and_then_backwards(tmp_path: Path, monkeypatch
     assert [len(x["rounds"]) for x in found["entrants"].values()] == [2, 2, 2]
     assert found["without"] == []
     assert bench_gpu.timing(NAME, tmp_path, {}, tiny=False)["without"] == ["diffusers"]
+
+
+def test_a_case_that_was_cut_off_goes_on_with_the_next_turn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    order: list[str] = []
+
+    def seen(who: str, *_: Any) -> dict[str, Any]:
+        if len(order) == 3:
+            order.append("cut off")
+            raise KeyboardInterrupt
+        order.append(who)
+        return {"seconds_per_item": 1.0, "rounds": [1.0], "seconds_to_first_step": 1.0, "peak_bytes": len(order)}
+
+    monkeypatch.setattr(bench_gpu, "taken", seen)
+    monkeypatch.setattr(bench_gpu, "fixtures", lambda *_: tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        bench_gpu.timing("SDXL 1024, DPO, LoRA", tmp_path, {}, tiny=False)
+    found = bench_gpu.timing("SDXL 1024, DPO, LoRA", tmp_path, {}, tiny=False)
+    assert order == ["ours", "bare", "usual", "cut off", "usual", "bare", "ours"]
+    assert found["entrants"]["ours"]["peak_bytes"] == 7
+    assert not any((tmp_path / "turns").iterdir())
+
+
+def test_the_base_model_s_training_goes_on_where_it_was_cut_off(tmp_path: Path) -> None:
+    budget = large_testbed.TINY
+    vocabulary = [large_testbed.write_tokenizer(tmp_path / name, pad) for name, pad in (("one", "<|endoftext|>"), ("two", "!"))]
+    ids = [large_testbed.train_base.tokenize(tokenizer, ["a red circle"] * 6) for tokenizer in vocabulary]
+    data = large_testbed.train_base.TrainingSet(torch.randn(6, 8, 16, 16), *ids)
+
+    def fitted(name: str, *ends: float) -> tuple[list[list[float]], torch.Tensor]:
+        losses = []
+        for seed, end in enumerate(ends):
+            torch.manual_seed(seed if seed else 1)
+            networks = large_testbed.train_base.new_networks(len(vocabulary[0]))
+            networks.unet = large_testbed.new_unet(budget)
+            losses.append(large_testbed.fit(networks, data, budget, torch.device("cpu"), tmp_path / f"{name}.pt", end))
+        return losses, torch.cat([p.flatten() for p in networks.module().parameters()])
+
+    never = float("inf")
+    whole, weights = fitted("whole", never)
+    pieces, same = fitted("pieces", 0.0, 0.0, never)
+    assert [len(x) for x in pieces] == [1, 2, budget.steps]
+    assert pieces[-1] == whole[0]
+    assert torch.equal(weights, same)
 
 
 @pytest.mark.slow
