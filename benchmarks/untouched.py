@@ -3,11 +3,14 @@
     python benchmarks/untouched.py --batches 3 --method diffusion_dpo --pretrained_model_name_or_path ... (any setting of a run)
 
 The run is prepared as for training, and learns from some batches without an update: in all of them the loss of every pair has to be
-ln 2. Prints, as JSON, the logits that the losses stand for. Means over a batch would not do: signs cancel.
+ln 2. Prints, as JSON, the logits that the losses stand for (means over a batch would not do: signs cancel), and as notes what the machine
+cannot do and another kernel did.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from typing import Any
@@ -49,13 +52,16 @@ def main(argv: list[str]) -> None:
     settings = _train_settings(rest)
     assert settings is not None
     given, objective, _ = settings
-    run = prepare_run(build(TrainConfig, {name: x for name, x in given.items() if name in names_of(TrainConfig)}), objective)
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        run = prepare_run(build(TrainConfig, {name: x for name, x in given.items() if name in names_of(TrainConfig)}), objective)
+    notes = [line for line in said.getvalue().splitlines() if "in its place" in line]  # a path that is not the one that was asked for
     try:
         losses = first_losses(run, int(own[1]) if own else 1)
     finally:
         run.log.close()
     peak = torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None
-    print(json.dumps(judged(losses.cpu()) | {"peak_bytes": peak}))
+    print(json.dumps(judged(losses.cpu()) | {"peak_bytes": peak, "notes": notes}))
 
 
 if __name__ == "__main__":
