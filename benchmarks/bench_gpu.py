@@ -218,7 +218,7 @@ def memory(case: Case, found: Mapping[str, Any], peer: str) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser, minutes: float) -> None:
     """Flags of this program and of the pack."""
-    parser.add_argument("--folder", type=Path, help="for models, caches and runs: 40 GB")
+    parser.add_argument("--folder", type=Path, help="for models, caches and runs: 20 GB")
     parser.add_argument("--minutes", type=float, default=minutes, help="begin nothing after this long")
     parser.add_argument("--again", action="store_true", help="repeat parts that have failed")
     for peer in PEERS:

@@ -11,7 +11,7 @@ Weights are random and made here; no network is needed. Every finished part is k
 with date, card and versions; nothing is begun after --minutes, a part takes up to 6 more, and the same command goes on with what is
 missing. A part that fails is noted with its error and not repeated, unless --again; it and times whose numerics have not passed make the
 exit code 1. In half an hour come the numerics and a part of the rest: --only timing, after them, brings the times forward. It needs
-40 GB of disk and a card of 80 GB.
+20 GB of disk and a card of 80 GB.
 """
 
 from __future__ import annotations
