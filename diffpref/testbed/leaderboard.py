@@ -236,7 +236,8 @@ def do_run(work: Work) -> str:
 
 def with_latents(config: TrainConfig, objective: Objective, work: Work) -> TrainConfig:
     """The same run with its pictures encoded once for all runs on these rows; it learns the same, bit for bit."""
-    seed = f"-{config.seed}" if objective.groups == "lists" else ""  # the held-out pairs, drawn by seed, are no rows of the lists
+    # drawn by seed: held-out pairs, which are no rows of the lists; edits of captions
+    seed = f"-{config.seed}" if objective.groups in ("lists", "captions", "captioned") else ""
     folder = Path(work.out) / "latents" / f"{Path(work.data).name}-{objective.groups}-{config.train_batch_size}{seed}"
     folder.parent.mkdir(parents=True, exist_ok=True)
     stored = dataclasses.replace(config, cache_latents=False, latent_cache=str(folder))

@@ -263,17 +263,21 @@ def test_a_run_leaves_its_file_and_is_not_repeated(tmp_path: Path) -> None:
         is_done(other)
 
 
-def test_lists_are_encoded_with_the_held_out_pairs_of_their_seed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["rank_dpo", "tkto"])
+def test_what_is_drawn_by_seed_is_encoded_for_that_seed(method: str, tmp_path: Path) -> None:
+    """Held-out pairs are no rows of ranked lists, and edited captions are drawn."""
     pairs = pq.read_table(asset("testbed", "pairs") / "own.parquet").slice(0, 60)
-    first, second = pairs.column("jpg_0").to_pylist(), pairs.column("jpg_1").to_pylist()
-    images = [[first[2 * i], second[2 * i], first[2 * i + 1], second[2 * i + 1]] for i in range(30)]
-    lists = {"images": images, "ranks": [[1, 2, 3, 4]] * 30, "caption": pairs.column("caption").to_pylist()[::2]}
-    (tmp_path / "lists").mkdir()
-    pq.write_table(pa.table(lists), tmp_path / "lists" / "own.parquet")
-    protocol = small_protocol("rank_dpo", common=load_protocol().common | {"held_out_pairs": 8})
+    if method == "rank_dpo":
+        first, second = pairs.column("jpg_0").to_pylist(), pairs.column("jpg_1").to_pylist()
+        images = [[first[2 * i], second[2 * i], first[2 * i + 1], second[2 * i + 1]] for i in range(30)]
+        lists = {"images": images, "ranks": [[1, 2, 3, 4]] * 30, "caption": pairs.column("caption").to_pylist()[::2]}
+        pairs = pa.table(lists)
+    (tmp_path / "rows").mkdir()
+    pq.write_table(pairs, tmp_path / "rows" / "own.parquet")
+    protocol = small_protocol(method, common=load_protocol().common | {"held_out_pairs": 8})
     for seed in (0, 1):
-        run = Run(method="rank_dpo", regime="own", labels="given", budget="pairs", seed=seed)
-        work = dataclasses.replace(work_of(protocol, run, tmp_path, protocol.entries["rank_dpo"].grid[0]), data=str(tmp_path / "lists"))
+        run = Run(method=method, regime="own", labels="given", budget="pairs", seed=seed)
+        work = dataclasses.replace(work_of(protocol, run, tmp_path, protocol.entries[method].grid[0]), data=str(tmp_path / "rows"))
         config, objective = prepared(work, tmp_path / run.name, 1)
         align(with_latents(config, objective, work), objective)
         assert (tmp_path / run.name / "unet").exists()
