@@ -35,6 +35,8 @@ class InversionTrajectory:
     """Classifier-free guidance of the inversion and of both networks in the loss; 1 is none, and half the cost."""
     sampled_steps: int | None = None
     """Compare at this many nodes, drawn per pair, with weights that keep the expected sum; all of them when not given."""
+    network_timestep: Literal["destination", "source"] = "destination"
+    """The level that the inverting reference is told: the published one, where a move ends, or where it starts and x really is."""
     steps_at_once: int = 1
     """Nodes at which the networks are compared together, in one batch: fewer and larger products, and the activations of them all."""
 
@@ -46,6 +48,10 @@ class InversionTrajectory:
         compared = self.sampled_steps or self.num_steps
         if not 1 <= self.steps_at_once <= compared:
             raise ValueError(f"steps_at_once is {self.steps_at_once}; choose 1 to {compared}, the nodes that are compared")
+        if self.eval_point == "source" and self.network_timestep == "source":
+            raise ValueError(
+                "network_timestep is source with eval_point source, which compares at the published level; use eval_point denoise"
+            )
         if self.eval_point == "source":
             warnings.warn(
                 "eval_point is source, the released form of Inversion-DPO: where policy and reference are equal its gradient is exactly "
@@ -93,8 +99,9 @@ class InversionTrajectory:
         steps = []
         for node in range(last + 1):
             t = torch.full(batch.group_shape, node * stride, device=x.device)
-            prediction = predict(x, t, batch.cond).to(x.dtype)
-            noise = process.epsilon(x, prediction, t)
+            told = t if self.network_timestep == "destination" else (t - stride).clamp(min=0)
+            prediction = predict(x, told, batch.cond).to(x.dtype)
+            noise = process.epsilon(x, prediction, told)
             y = process.ddim_move(x, noise, (t - stride).clamp(min=0), t)
             steps.append(self._step(process, x, y, t, prediction, noise))
             x = y

@@ -99,14 +99,15 @@ def test_the_released_form_cannot_leave_the_reference(sign: str, pair: Pair, pro
     assert weights.grad.tolist() == [0, 0, 0, 0]
 
 
-@pytest.mark.parametrize("eval_point", ["denoise", "source"])
-def test_every_node_by_hand(eval_point: str, pairs: Pairs, process: DdpmProcess, reference: Predict) -> None:
+@pytest.mark.parametrize(("eval_point", "told"), [("denoise", "destination"), ("source", "destination"), ("denoise", "source")])
+def test_every_node_by_hand(eval_point: Any, told: Any, pairs: Pairs, process: DdpmProcess, reference: Predict) -> None:
     batch = pairs(3)
-    steps = walk(InversionTrajectory(num_steps=5, eval_point=eval_point, guidance_scale=1.0), batch, process, reference)  # type: ignore[arg-type]
+    path = InversionTrajectory(num_steps=5, eval_point=eval_point, network_timestep=told, guidance_scale=1.0)
+    steps = walk(path, batch, process, reference)
     x = batch.latents
     for k, step in enumerate(steps):
         t = torch.full((3, 2), 200 * k)
-        noise = reference(x, t, batch.cond)
+        noise = reference(x, t if told == "destination" else (t - 200).clamp(min=0), batch.cond)
         y = process.ddim_move(x, noise, (t - 200).clamp(min=0), t)
         assert torch.equal(step.x_t, y if eval_point == "denoise" else x)
         torch.testing.assert_close(step.target, noise, rtol=1e-14, atol=0)
@@ -339,6 +340,7 @@ def test_a_batch_is_its_pairs_one_by_one(pairs: Pairs, process: DdpmProcess, pol
         ({"sampled_steps": 2, "steps_at_once": 0}, "steps_at_once is 0; choose 1 to 2"),
         ({"num_steps": 4, "sampled_steps": 5}, r"sampled_steps is 5; choose 1 to num_steps \(4\)"),
         ({"sampled_steps": 0}, "sampled_steps is 0"),
+        ({"eval_point": "source", "network_timestep": "source"}, "network_timestep is source with eval_point source"),
     ],
 )
 def test_settings_are_checked(settings: dict[str, Any], message: str) -> None:
