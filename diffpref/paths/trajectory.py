@@ -1,11 +1,13 @@
 """The whole DDIM inversion trajectory by the frozen reference: the path of Inversion-DPO (Li et al., 2025, arXiv:2507.11554).
 
-    e*_t  = e_ref(x, t),  y_t = move(x, e*_t, t - stride -> t),  x <- y_t            for t = 0, stride, 2 stride, ...
+    e*_t  = e_ref(x, t - stride),  y_t = move(x, e*_t, t - stride -> t),  x <- y_t   for t = 0, stride, 2 stride, ...
     step: at y_t a perfect policy predicts e*_t, the noise that maps y_t back to x exactly; weight 1 / (2 alpha_t^2 n)
 
 The released code compares the networks at x instead of y_t. There the target is the reference's own prediction, so the
 reference's error is 0 and a policy equal to it has no gradient at all: training can only leave that point by rounding errors.
-That form is kept as eval_point "source", with a warning.
+That form is kept as eval_point "source", with a warning. It also asks the reference at t, where the move ends, with x from where it
+begins (network_timestep "destination"): the reference takes part of the picture for noise, and the clean picture that the target
+implies is its own prediction with less contrast, which leads away from what is in the chosen picture (docs/methods/inversion_dpo.md).
 """
 
 from __future__ import annotations
@@ -35,8 +37,9 @@ class InversionTrajectory:
     """Classifier-free guidance of the inversion and of both networks in the loss; 1 is none, and half the cost."""
     sampled_steps: int | None = None
     """Compare at this many nodes, drawn per pair, with weights that keep the expected sum; all of them when not given."""
-    network_timestep: Literal["destination", "source"] = "destination"
-    """The level that the inverting reference is told: the published one, where a move ends, or where it starts and x really is."""
+    network_timestep: Literal["destination", "source"] | None = None
+    """The level that the inverting reference is told: source, where a move starts and x is, as in the paper's figure; or destination, where
+    it ends, as in the released code. Source when not given, destination with eval_point source."""
     steps_at_once: int = 1
     """Nodes at which the networks are compared together, in one batch: fewer and larger products, and the activations of them all."""
 
@@ -49,9 +52,7 @@ class InversionTrajectory:
         if not 1 <= self.steps_at_once <= compared:
             raise ValueError(f"steps_at_once is {self.steps_at_once}; choose 1 to {compared}, the nodes that are compared")
         if self.eval_point == "source" and self.network_timestep == "source":
-            raise ValueError(
-                "network_timestep is source with eval_point source, which compares at the published level; use eval_point denoise"
-            )
+            raise ValueError("network_timestep is source with eval_point source, which compares where moves end; use eval_point denoise")
         if self.eval_point == "source":
             warnings.warn(
                 "eval_point is source, the released form of Inversion-DPO: where policy and reference are equal its gradient is exactly "
@@ -63,6 +64,11 @@ class InversionTrajectory:
     def equal_forwards(self) -> bool:
         """Whether every process asks the network equally often: not where each batch ends at the last of its own drawn nodes."""
         return self.sampled_steps is None
+
+    @property
+    def is_told_the_end(self) -> bool:
+        """Whether the reference is asked at the level where a move ends."""
+        return (self.network_timestep or ("destination" if self.eval_point == "source" else "source")) == "destination"
 
     @property
     def kept_latents(self) -> int:
@@ -99,10 +105,11 @@ class InversionTrajectory:
         steps = []
         for node in range(last + 1):
             t = torch.full(batch.group_shape, node * stride, device=x.device)
-            told = t if self.network_timestep == "destination" else (t - stride).clamp(min=0)
+            start = (t - stride).clamp(min=0)
+            told = t if self.is_told_the_end else start
             prediction = predict(x, told, batch.cond).to(x.dtype)
             noise = process.epsilon(x, prediction, told)
-            y = process.ddim_move(x, noise, (t - stride).clamp(min=0), t)
+            y = process.ddim_move(x, noise, start, t)
             steps.append(self._step(process, x, y, t, prediction, noise))
             x = y
         return tuple(steps) if chosen is None else self._sampled(steps, chosen)

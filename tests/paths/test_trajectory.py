@@ -76,7 +76,7 @@ def test_released_form_weights_and_gradient(
 
 def test_consistent_form(pair: Pair, process: DdpmProcess, policy: Predict, reference: Predict, toy: Toy) -> None:
     batch = pair(1.0)
-    steps = walk(InversionTrajectory(num_steps=4), batch, process, reference)
+    steps = walk(InversionTrajectory(num_steps=4, network_timestep="destination"), batch, process, reference)
     method = InversionDPO(beta=200)
     assert float(loss_of(method, batch, steps, policy, reference).per_group.detach()) == pytest.approx(0.695685861839, abs=1e-12)
     weights = torch.tensor([0.28, 0.12, -0.20, 0.05], dtype=torch.float64, requires_grad=True)
