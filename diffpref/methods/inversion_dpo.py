@@ -4,9 +4,9 @@
     d    = ||eps_theta(y_t) - e*_t||^2 - ||eps_ref(y_t) - e*_t||^2            mean over (C, h, w)
 
 e*_t is the noise of the reference's own inversion step and y_t the latent where that step ended; path "trajectory" makes both
-and the weights w_t / n. The released code differs twice: it compares the networks where the step began (the path's eval_point
-"source"), and its z has the opposite sign, which rewards leaving the reference on chosen images and staying on rejected ones,
-against the paper's own figure.
+and the weights w_t / n. The released code differs three times: it asks the inverting reference at the level where the step ends (the
+path's network_timestep "destination"), it compares the networks where the step began (eval_point "source"), and its z has the opposite
+sign, which rewards leaving the reference on chosen images and staying on rejected ones, against the paper's own figure.
 """
 
 from __future__ import annotations

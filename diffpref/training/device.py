@@ -14,7 +14,7 @@ from torch import Tensor
 
 from diffpref.models.attention import check_attention
 from diffpref.training.config import TrainConfig
-from diffpref.training.sharding import is_sharded
+from diffpref.training.sharding import is_set, is_sharded
 from diffpref.training.trackers import tracker_names
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -23,7 +23,7 @@ DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def new_accelerator(config: TrainConfig) -> Accelerator:
     """Raises ValueError for settings that this machine cannot run, and for ranks that do not know of each other."""
     logs = Path(str(config.output_dir)) / config.logging_dir
-    if os.environ.get("ACCELERATE_USE_MEGATRON_LM", "false").lower() in ("true", "1"):
+    if is_set("ACCELERATE_USE_MEGATRON_LM"):
         raise ValueError("the launcher asks for Megatron-LM, which is not supported; use configs/accelerate/ddp.yaml or fsdp2.yaml")
     on_cpu = not torch.cuda.is_available()  # also on a Mac, whose GPU has no float64 for the noise tables
     precision = config.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no"

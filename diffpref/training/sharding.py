@@ -33,20 +33,21 @@ def asked_by_launcher() -> Literal["weights", "gradients"] | None:
     `gradients` splits and ZeRO-3 what `weights` splits; torch does both. Raises ValueError for FSDP1, for other stages of ZeRO, for a
     DeepSpeed file of its own and for weights or optimizer state kept in RAM.
     """
-    if _is_set(_DEEPSPEED):
+    if is_set(_DEEPSPEED):
         return _deepspeed_stage()
-    if not _is_set(_FSDP):
+    if not is_set(_FSDP):
         return None
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise ValueError(f"fsdp_version is {version}; this program shards with version 2: see configs/accelerate/fsdp2.yaml")
-    if _is_set("FSDP_OFFLOAD_PARAMS"):
+    if is_set("FSDP_OFFLOAD_PARAMS"):
         raise ValueError("fsdp_offload_params is true, which is not supported; set it to false")
     os.environ[_FSDP] = "false"
-    return "weights" if _is_set("FSDP_RESHARD_AFTER_FORWARD", "true") else "gradients"
+    return "weights" if is_set("FSDP_RESHARD_AFTER_FORWARD", "true") else "gradients"
 
 
-def _is_set(name: str, otherwise: str = "false") -> bool:
+def is_set(name: str, otherwise: str = "false") -> bool:
+    """Whether a variable of the environment says yes, as a launcher writes it."""
     return os.environ.get(name, otherwise).lower() in ("true", "1")
 
 
