@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from diffpref.core.random import moved
 from diffpref.core.types import Conditioning, Evaluation, LossOutput, PathStep, Predict
 
 
@@ -164,12 +165,20 @@ def evaluate(
 
 
 def predicted(step: PathStep, cond: Conditioning, predict: Predict, null: Conditioning | None = None) -> Tensor:
-    """What a network predicts at a step under its guidance, (G, K, C, h, w); asked once per group where the input is shared."""
+    """What a network predicts at a step under its guidance, (G, K, C, h, w); asked once for a group whose images share their input."""
     ask = guided(predict, null, step.guidance_scale)
-    if not step.shared_input:
+    images = step.x_t.shape[1]
+    if not any(step.shared_input):
         return ask(step.x_t, step.timesteps, cond)
-    once = ask(step.x_t[:, :1], step.timesteps[:, :1], cond.map(lambda x: x[:, :1]))
-    return once.expand(-1, step.x_t.shape[1], *once.shape[2:])
+    if all(step.shared_input):
+        once = ask(step.x_t[:, :1], step.timesteps[:, :1], cond.map(lambda x: x[:, :1]))
+        return once.expand(-1, images, *once.shape[2:])
+    sources = [group * images + (0 if shared else k) for group, shared in enumerate(step.shared_input) for k in range(images)]
+    asked = list(dict.fromkeys(sources))  # images that are not the same as an earlier one of their group
+    rows, places = (moved(torch.tensor(x), step.x_t.device) for x in (asked, [asked.index(i) for i in sources]))
+    x_t, t = (x.flatten(0, 1)[rows][:, None] for x in (step.x_t, step.timesteps))  # (N, 1, ...)
+    found = ask(x_t, t, cond.map(lambda x: x.flatten(0, 1)[rows][:, None]))[:, 0]
+    return found[places].reshape(*step.timesteps.shape, *found.shape[1:])
 
 
 def two_pass_backward(
@@ -219,7 +228,7 @@ def joined(steps: Sequence[PathStep]) -> PathStep:
         return steps[0]
     names = [f.name for f in fields(PathStep) if isinstance(getattr(steps[0], f.name), Tensor)]
     tensors: dict[str, Any] = {name: torch.cat([getattr(step, name) for step in steps]) for name in names}
-    return replace(steps[0], **tensors)
+    return replace(steps[0], **tensors, shared_input=sum((step.shared_input for step in steps), ()))
 
 
 def repeated(cond: Conditioning, times: int) -> Conditioning:

@@ -44,7 +44,7 @@ class PathStep:
     log_snr: Tensor | None = None  # (G, K) log(alpha^2 / sigma^2) at the timesteps
     guidance_scale: float = 1.0  # policy and reference are compared under this classifier-free guidance
     reference: Tensor | None = None  # (G, K, C, h, w) what the reference predicts here, if the path has asked it already
-    shared_input: bool = False  # all images of a group have the same x_t and timestep, so that the networks are asked once per group
+    shared_input: tuple[bool, ...] = ()  # (G,) whether all images of a group have one x_t and timestep; none of them when empty
 
     def first(self, images: int) -> PathStep:
         """The same place for the first `images` images of every group."""

@@ -46,10 +46,11 @@ def transition_step(
     *,
     eta: float = 1.0,
     guidance_scale: float = 1.0,
-    shared_input: bool = False,
+    shared_input: tuple[bool, ...] = (),
 ) -> PathStep:
     """The step from x_t at levels t to the sampled x_p at levels p < t. Latents (G, K, C, h, w), levels int64 (G, K).
 
+    shared_input: (G,) groups whose samples have one x_t, for which the networks are asked once; none of them when empty.
     Raises ValueError where the step has no density: eta outside (0, 1], or p not below t.
     """
     a, b, std = process.transition(t, p, eta)

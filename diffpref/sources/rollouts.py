@@ -188,7 +188,7 @@ class Rollouts(Iterator[PreferenceBatch]):
         begin = (pairs.first[index] + part).tolist()
         t, p = (torch.tensor([self.levels[i + k] for i in begin], device=self.device)[:, None].expand(-1, 2) for k in (0, 1))
         own = self.settings
-        shared = own.transitions == 1
+        shared = tuple(k == 0 for k in parts)  # candidates part at the first transition
         return transition_step(self.process, x_t, x_p, t, p, eta=own.eta, guidance_scale=own.guidance_scale, shared_input=shared)
 
     def _drawn(self, pair_id: str, visit: int) -> list[int]:

@@ -66,8 +66,11 @@ def groups_of(images: int, groups: int, recorded: bool = False) -> PreferenceBat
     cond = Conditioning(words[:, :1].expand_as(words)) if images == 2 else Conditioning(words)
     x_t = latents[:, :1].expand_as(latents)
     x_p = x_t + torch.randn(latents.shape, generator=maker, dtype=torch.float64)
-    steps = tuple(transition_step(PROCESS, x_t, x_p + k, t - k, p - k, guidance_scale=2.0, shared_input=True) for k in range(2))
+    steps = tuple(transition_step(PROCESS, x_t, x_p + k, t - k, p - k, guidance_scale=2.0, shared_input=(True,) * groups) for k in range(2))
     return PreferenceBatch(latents, cond if recorded else Conditioning(words), relevance, ids, (0,) * groups, scores, weight, steps=steps)
+
+
+STEP_TENSORS = ("x_t", "timesteps", "target", "weight", "log_snr")
 
 
 def rows(batch: PreferenceBatch, index: Sequence[int]) -> PreferenceBatch:
@@ -84,7 +87,7 @@ def rows(batch: PreferenceBatch, index: Sequence[int]) -> PreferenceBatch:
         scores={name: x[chosen] for name, x in batch.scores.items()},
         weight=batch.weight[chosen],
         steps=tuple(
-            replace(step, **{n: getattr(step, n)[chosen] for n in ("x_t", "timesteps", "target", "weight", "log_snr")})
+            replace(step, **{n: getattr(step, n)[chosen] for n in STEP_TENSORS}, shared_input=tuple(step.shared_input[i] for i in chosen))
             for step in batch.steps
         ),
     )

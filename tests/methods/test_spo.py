@@ -30,7 +30,9 @@ def row(*values: float) -> Tensor:
 def pair_of(x_t: Tensor, chosen: Tensor, rejected: Tensor, t: int, p: int, process: DdpmProcess = PROCESS) -> PathStep:
     """The step of one pair of samples of x_t."""
     levels = torch.full((len(x_t), 2), t), torch.full((len(x_t), 2), p)
-    return transition_step(process, x_t.expand(-1, 2, -1, -1, -1), torch.cat([chosen, rejected], 1), *levels, shared_input=True)
+    return transition_step(
+        process, x_t.expand(-1, 2, -1, -1, -1), torch.cat([chosen, rejected], 1), *levels, shared_input=(True,) * len(x_t)
+    )
 
 
 def batch_of(step: PathStep) -> PreferenceBatch:
@@ -145,7 +147,7 @@ def test_a_shared_input_is_asked_once_and_means_the_same() -> None:
 
     step = pair_of(x_t, chosen, rejected, 301, 251)
     losses, gradients = [], []
-    for shared in (True, False):
+    for shared in ((True,) * 3, (), (False,) * 3, (True, False, True)):
         step = PathStep(**{**vars(step), "shared_input": shared, "guidance_scale": 3.0})
         weights.grad = None
         null = Conditioning(torch.ones(1, 1, 1, 1, dtype=torch.float64))
@@ -154,9 +156,10 @@ def test_a_shared_input_is_asked_once_and_means_the_same() -> None:
         loss.mean().backward()
         losses.append(loss.detach())
         gradients.append(weights.grad)
-    assert asked == [6, 6, 12, 12]
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-9, atol=0)
+    assert asked == [6, 6, 12, 12, 12, 12, 8, 8]  # twice, for guidance
+    for other in (1, 2, 3):
+        torch.testing.assert_close(losses[0], losses[other], rtol=1e-12, atol=0)
+        torch.testing.assert_close(gradients[0], gradients[other], rtol=1e-9, atol=0)
     assert predicted(step, batch_of(step).cond, network, null).shape == step.x_t.shape
 
 

@@ -215,7 +215,7 @@ def test_batches_hold_every_pair_of_a_rollout_once() -> None:
     assert len(ids) == len(set(ids)) == total // 8 * 8
     assert source.state.number == 1
     step = batches[0].steps[0]
-    assert step.shared_input
+    assert step.shared_input == (True,) * 4
     assert step.guidance_scale == 5
     assert batches[0].cond.prompt_embeds is not None
     assert batches[0].cond.prompt_embeds[:, 0, 0, 0].tolist() == [float(name.split("/")[1]) for name in batches[0].pair_ids]
@@ -250,7 +250,13 @@ def test_segments_and_drawn_transitions() -> None:
     long = rollouts(num_candidates=2, num_inner_step=3, threshold=0.0)
     batch = next(long)
     assert long.num_groups() == 4 * 4 * 4
-    assert not batch.steps[0].shared_input
+    parts = [int(name.split("/")[2]) % 4 for name in batch.pair_ids]  # a segment begins at every fourth transition
+    assert batch.steps[0].shared_input == tuple(part == 0 for part in parts)
+    batches = [batch, *(next(long) for _ in range(7))]
+    for seen in batches:
+        for group, shared in enumerate(seen.steps[0].shared_input):
+            assert torch.equal(*seen.steps[0].x_t[group]) == shared
+    assert sum(sum(seen.steps[0].shared_input) for seen in batches) > 0
     drawn = rollouts(
         num_candidates=2, first_branch=0, num_inner_step=19, threshold=0.0, sampled_steps=3, discount=0.5, visits_per_rollout=4
     )
