@@ -6,12 +6,14 @@ import copy
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import recurse_remove_peft_layers
 from peft import LoraConfig, get_peft_model_state_dict
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -84,18 +86,33 @@ def _attach(module: nn.Module, config: LoraConfig, seed: int) -> None:
         torch.manual_seed(seed)
         module.add_adapter(config)  # type: ignore[operator]
     cast_training_params(module, torch.float32)  # a new adapter takes the dtype of its layers
-    leave_inputs_alone(module)
+    make_lean(module)
 
 
-def leave_inputs_alone(module: nn.Module) -> None:
-    """Let autocast choose the dtype of an adapter's products in a UNet, which always runs under it.
+class LeanLinear(lora.Linear):
+    """An adapted layer that does not multiply by a scale of 1, alpha = rank, a pass over the whole output there and back."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x: (..., in). The same numbers; other scales, several adapters, merged ones, DoRA and dropout are left to peft."""
+        name, *others = self.active_adapters
+        is_plain = self.scaling.get(name) == 1 and not (others or args or kwargs or self.merged or name in self.lora_variant)
+        if self.disable_adapters or not is_plain or (self.training and getattr(self.lora_dropout[name], "p", 0)):
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        base = self.base_layer(x)
+        return (base + self.lora_B[name](self.lora_A[name](x))).to(base.dtype)
+
+
+def make_lean(module: nn.Module) -> None:
+    """Rid the adapters of a UNet, which always runs under autocast, of what they do without need. DoRA, which divides by norms, is left.
 
     peft casts the input of every adapter to float32, which autocast casts back: the same numbers, two more kernels and one more tensor
-    kept for the backward pass in every adapted layer. DoRA, which divides by norms, keeps its casts.
+    kept for the backward pass in every adapted layer.
     """
     for layer in module.modules() if isinstance(module, UNet2DConditionModel) else ():
         if isinstance(layer, BaseTunerLayer) and not len(layer.lora_magnitude_vector):
             layer.cast_input_dtype_enabled = False
+            if type(layer) is lora.Linear:
+                layer.__class__ = LeanLinear
 
 
 def adapted_parts(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:

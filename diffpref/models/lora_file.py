@@ -25,7 +25,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from diffpref.models.files import read_metadata, read_shapes
-from diffpref.models.lora import LORA_FILE, PARTS, leave_inputs_alone, merge_adapter
+from diffpref.models.lora import LORA_FILE, PARTS, make_lean, merge_adapter
 from diffpref.models.single_file import original_unet_layers
 
 KOHYA_PARTS = {"unet": ("lora_unet_",), "text_encoder": ("lora_te_", "lora_te1_"), "text_encoder_2": ("lora_te2_",)}
@@ -107,7 +107,7 @@ def _attach(pipeline: DiffusionPipeline, lora: Lora, name: str) -> None:
         with torch.random.fork_rng(devices=[]):  # the initial values are overwritten
             module.add_adapter(lora.configs[part], adapter_name=name)
         cast_training_params(module, torch.float32)  # a new adapter takes the dtype of its layers
-        leave_inputs_alone(module)
+        make_lean(module)
         result = set_peft_model_state_dict(module, tensors, adapter_name=name)
         left = [key for key in result.missing_keys if f".{name}" in key]
         left += result.unexpected_keys

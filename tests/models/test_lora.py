@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
+from peft import LoraConfig
+from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 from diffpref.core.policy import adapters_off
 from diffpref.core.types import Conditioning
 from diffpref.models.backbone import Backbone, load_backbone
-from diffpref.models.lora import TARGETS, add_lora, merged_copy, save_lora, trainable_state
+from diffpref.models.lora import TARGETS, LeanLinear, add_lora, merged_copy, save_lora, trainable_state
 from diffpref.training.step_cost import Counter
 
 VARIANTS: dict[str, dict[str, bool]] = {
@@ -175,9 +177,10 @@ def test_trained_tensors_are_the_parameters_themselves(sd_unet: UNet2DConditionM
     assert not isinstance(sd_unet, DiffusionPipeline)
 
 
-def test_inputs_of_adapters_are_not_cast_to_and_fro(sd_unet: UNet2DConditionModel) -> None:
+@pytest.mark.parametrize(("alpha", "fewer"), [(2.0, 2), (3.0, 1)])
+def test_adapters_neither_cast_to_and_fro_nor_multiply_by_one(sd_unet: UNet2DConditionModel, alpha: float, fewer: int) -> None:
     """Under autocast peft's cast of the input is undone at once: the same numbers without it, with fewer kernels and less memory."""
-    add_lora(sd_unet, 2, 2.0, "attention", seed=0)
+    add_lora(sd_unet, 2, alpha, "attention", seed=0)
     for name, p in sd_unet.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(1))
@@ -188,6 +191,7 @@ def test_inputs_of_adapters_are_not_cast_to_and_fro(sd_unet: UNet2DConditionMode
         assert all(layer.cast_input_dtype_enabled is False for layer in layers) or cast
         for layer in layers:
             layer.cast_input_dtype_enabled = cast
+            layer.__class__ = lora.Linear if cast else LeanLinear
         with Counter(sd_unet) as counter, torch.autocast("cpu", torch.bfloat16):
             out = sd_unet(x_t, torch.tensor([10, 900]), text).sample
         kept, kernels = counter.live, counter.kernels
@@ -198,4 +202,25 @@ def test_inputs_of_adapters_are_not_cast_to_and_fro(sd_unet: UNet2DConditionMode
     assert torch.equal(ours, theirs)
     assert all(torch.equal(a, b) for a, b in zip(slopes, others, strict=True))
     assert kept < more
-    assert kernels <= further - len(layers)
+    assert kernels <= further - fewer * len(layers)
+
+
+def test_what_is_more_than_one_plain_adapter_is_left_to_peft(sd_unet: UNet2DConditionModel) -> None:
+    add_lora(sd_unet, 2, 2.0, "to_q", seed=0)
+    layer = next(m for m in sd_unet.modules() if isinstance(m, LeanLinear))
+    torch.nn.init.normal_(layer.lora_B["default"].weight)
+    x = torch.randn(2, 3, layer.in_features)
+    base, plain = layer.base_layer(x), layer(x)
+    torch.testing.assert_close(plain - base, x @ (layer.lora_B["default"].weight @ layer.lora_A["default"].weight).T)
+    with adapters_off(sd_unet):
+        assert torch.equal(layer(x), base)
+    sd_unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False), adapter_name="second")
+    sd_unet.set_adapter(["default", "second"])
+    second = (layer.lora_B["second"].weight @ layer.lora_A["second"].weight).T * layer.scaling["second"]
+    torch.testing.assert_close(layer(x), plain + x @ second)
+    sd_unet.set_adapter("default")
+    layer.lora_dropout["default"] = torch.nn.Dropout(0.5)
+    assert torch.equal(layer.eval()(x), plain)
+    assert not torch.equal(layer.train()(x), plain)
+    layer.eval().merge()
+    torch.testing.assert_close(layer(x), plain)
