@@ -35,7 +35,7 @@ TARGETS = {
     "cached / diffusers": 1.4,
     "cached and stored errors / diffusers": 1.75,
     "uncached / diffusers": 1.05,
-    "cached / bare": 1 / 1.03,
+    "cached, not packed / bare": 1 / 1.03,
     "full, AdamW / salesforce": 2.0,
     "MaPO / kohya": 0.5,
 }
@@ -154,15 +154,20 @@ def build_cache(folder: Path) -> Path:
 
 
 def part_lora(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """LoRA of rank 4: ours with more and more computed beforehand, the floor, the usual step, and diffusers' script."""
-    cached = ("--latent_cache", str(build_cache(folder)))
+    """LoRA of rank 4: ours with more and more computed beforehand, the floor, the usual step, and diffusers' script.
+
+    Ours keeps its frozen weights packed, but where it is compared with the floor, which computes with plain ones.
+    """
+    stored = ("--latent_cache", str(build_cache(folder)))
+    cached = ("--pack_weights", *stored)
     short = ("--max_train_steps", "130")  # as many visits as errors are stored for
     model = ("--model", str(folder / "model"))
     (pairs_file,) = (folder / "pickapic").glob("*.parquet")
     entrants = {
         "bare": Contestant(HERE / "bare_step.py", [*model, "--rank", "4"]),
         "usual": Contestant(HERE / "conventional_step.py", [*model, "--rank", "4", "--pairs_file", str(pairs_file)]),
-        "uncached": ours(folder, "uncached", "diffusion_dpo"),
+        "uncached": ours(folder, "uncached", "diffusion_dpo", "--pack_weights"),
+        "cached, not packed": ours(folder, "not_packed", "diffusion_dpo", *stored),
         "cached": ours(folder, "cached", "diffusion_dpo", *cached),
         "cached and stored errors": ours(
             folder, "stored", "diffusion_dpo", *cached, *short, "--reference_errors", str(folder / "errors.safetensors")
@@ -173,10 +178,10 @@ def part_lora(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
         entrants["diffusers"] = peer_diffusers(folder, args.diffusers)
         gate = parity_gate(folder, entrants["diffusers"])
     found = contest(entrants, folder / "logs", rounds=args.rounds, steps=args.steps)
-    for name in ("uncached", "cached", "stored"):
+    for name in ("uncached", "not_packed", "cached", "stored"):
         reference_gate(folder / "runs" / name)
-    pairs = [("cached", "bare"), ("cached", "usual"), ("uncached", "usual")]
-    pairs += [(name, "diffusers") for name in ("uncached", "cached", "cached and stored errors") if args.diffusers]
+    pairs = [("cached, not packed", "bare"), ("cached", "cached, not packed"), ("cached", "usual"), ("uncached", "usual")]
+    pairs += [(name, "diffusers") for name in ("uncached", "cached, not packed", "cached", "cached and stored errors") if args.diffusers]
     return {"parity": gate, "contestants": found, "ratios": compared(found, pairs)}
 
 
@@ -206,7 +211,8 @@ def part_mapo(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     for path in sorted((folder / "better").iterdir())[:32]:
         (folder / "kohya" / "50_pictures" / path.name).write_bytes(path.read_bytes())
     layers = "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2"  # what kohya's network adapts
-    entrants = {"MaPO": ours(folder, "mapo", "mapo", "--latent_cache", str(build_cache(folder)), "--lora_targets", layers)}
+    cached = ("--latent_cache", str(build_cache(folder)), "--pack_weights")
+    entrants = {"MaPO": ours(folder, "mapo", "mapo", *cached, "--lora_targets", layers)}
     if args.kohya:
         entrants["kohya"] = peer_kohya(folder, args.kohya)
     found = contest(entrants, folder / "logs", rounds=args.rounds, steps=args.steps)

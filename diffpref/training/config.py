@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from diffpref.training.config_checks import check_base_dtype, check_cache, check_compile, check_hub, check_validation
+from diffpref.training.config_checks import check_base_dtype, check_cache, check_compile, check_hub, check_packing, check_validation
 from diffpref.training.order import check_order
 
 
@@ -197,6 +197,8 @@ class TrainConfig:
     """Dtype of the weights (UNet, text encoders), fp32 or that of mixed_precision; under tune full bf16 is rounded stochastically."""
     allow_tf32: bool = False
     """Let GPUs multiply float32 matrices in TF32: faster, with 10 bits of mantissa."""
+    pack_weights: bool = False
+    """On a CPU, keep frozen weights in its kernels' own layouts: faster, with up to three times their memory (docs/speed.md)."""
     attention: str = "sdpa"
     """Attention kernel of the UNet, tried before it is used: sdpa is torch's own choice; xformers and others are in docs/speed.md."""
     shard: Literal["no", "weights", "gradients"] = "no"
@@ -256,6 +258,7 @@ class TrainConfig:
             object.__setattr__(self, "gradient_checkpointing", "full" if self.gradient_checkpointing else "off")
         _check_ranges(self)
         check_compile(self)
+        check_packing(self)
         check_cache(self)
         if self.bucket_step != TrainConfig.bucket_step and not self.aspect_ratio_buckets:
             raise ValueError(f"bucket_step is {self.bucket_step}, but there are no buckets; add aspect_ratio_buckets or leave it out")

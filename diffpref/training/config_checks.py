@@ -53,6 +53,20 @@ def check_compile(config: TrainConfig) -> None:
         raise ValueError("use_dora is true together with compile: the reference would need a graph of its own; drop one of them")
 
 
+def check_packing(config: TrainConfig) -> None:
+    """Settings under which there are no frozen float32 weights to be packed, or kernels that know no packed ones."""
+    if not config.pack_weights:
+        return
+    for name, fits in {"tune": "lora", "base_dtype": "fp32", "compile": False, "shard": "no", "aspect_ratio_buckets": False}.items():
+        if getattr(config, name) != fits:
+            raise ValueError(
+                f"pack_weights is true together with {name} {getattr(config, name)}; "
+                f"it is for frozen weights in float32 on a CPU: use {name} {str(fits).lower()}, or leave pack_weights out"
+            )
+    if config.gradient_checkpointing == "selective":
+        raise ValueError("gradient_checkpointing is selective together with pack_weights, whose products it does not know; use off or full")
+
+
 def check_hub(config: TrainConfig) -> None:
     """Settings of the hub without an upload, and a token that trackers would store."""
     for name in ("hub_model_id", "hub_token"):

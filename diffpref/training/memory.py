@@ -28,6 +28,7 @@ class Counts:
     factored: int  # numbers that Adafactor keeps for them
     adapter: int  # numbers of the adapter that the settings attach, or would attach if tune were lora
     cache: int = 0  # bytes of cached latents on the device that trains
+    packed: int = 0  # bytes of the weights that pack_weights would keep in two further layouts
     num_processes: int = 1
 
 
@@ -59,6 +60,7 @@ def memory_parts(config: TrainConfig, needs_reference: bool, counts: Counts, act
         "optimizer": optimizer_bytes(config.optimizer, counts),
         "moving average": 4 * counts.trained if config.use_ema else 0,
         "latent cache": counts.cache,
+        "packed weights": 2 * counts.packed if config.pack_weights else 0,
         "activations": activations,
         "trajectory": trajectory,
     }
@@ -121,7 +123,8 @@ def larger_micro_batch(
 
 def _neutral(config: TrainConfig) -> list[Changes]:
     ways = ["selective", "full"] if config.gradient_checkpointing == "off" and not config.compile else ["full"]
-    steps: list[Changes] = [{"gradient_checkpointing": how} for how in ways if how != config.gradient_checkpointing]
+    steps: list[Changes] = [{"pack_weights": False}] if config.pack_weights else []
+    steps += [{"gradient_checkpointing": how} for how in ways if how != config.gradient_checkpointing]
     size, accumulation = config.train_batch_size, config.gradient_accumulation_steps
     smaller = [n for n in range(size - 1, 0, -1) if size % n == 0]
     return steps + [{"train_batch_size": n, "gradient_accumulation_steps": accumulation * size // n} for n in smaller]
@@ -152,7 +155,7 @@ def _recounted(config: TrainConfig, counts: Counts, change: Changes) -> Counts:
 
 def as_flags(changes: Changes) -> str:
     """Changes as they are written on a command line."""
-    return " ".join(f"--{name}" if value is True else f"--{name} {value}" for name, value in changes.items())
+    return " ".join(f"--{name}" if value is True else f"--{name} {str(value).lower()}" for name, value in changes.items())
 
 
 def checkpoint_bytes(config: TrainConfig, counts: Counts) -> int:

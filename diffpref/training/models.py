@@ -17,6 +17,7 @@ from diffpref.models.attention import use_attention
 from diffpref.models.backbone import Backbone, check_finite, vae_factor, with_text_encoders
 from diffpref.models.execution import compile_regions, set_recompute
 from diffpref.models.lora import add_lora
+from diffpref.models.packed import pack
 from diffpref.models.pipeline import complete
 from diffpref.training.config import TrainConfig
 from diffpref.training.device import DTYPES
@@ -59,6 +60,11 @@ def load_models(
         backbone, module = port.attach(config, backbone)
     is_frozen = config.tune == "full" and objective.needs_reference and not (config.reference_update_steps or has_errors(config))
     reference = copy.deepcopy(module) if is_frozen else None
+    if config.pack_weights:
+        if device.type != "cpu" or precision != "no":
+            where = f"{device.type} with mixed_precision {precision}"
+            raise ValueError(f"pack_weights is true on {where}; it is for a CPU with mixed_precision no: leave it out")
+        pack(backbone.denoiser, config.train_batch_size * (objective.images_per_group or 2))
     set_recompute(backbone.denoiser, config.gradient_checkpointing)
     module.eval()  # dropout would make policy and reference differ; even of probability 0 it changes memory layouts, and so rounding
     if config.compile:

@@ -43,7 +43,7 @@ _DECIDES = (
     *("seed", "train_batch_size", "resolution", "random_crop", "no_hflip", "flip_mode", "aspect_ratio_buckets", "bucket_step"),
     *("proportion_empty_prompts", "base_dtype", "allow_tf32", "prediction_type", "rescale_betas_zero_snr", "is_turbo"),
     *("attention", "channels_last", "compile", "compile_backend", "caption_column", "image_0_column", "image_1_column", "label_column"),
-    *("user_column", "train_text_encoder"),
+    *("user_column", "train_text_encoder", "pack_weights"),
 )
 """Settings of which the errors are made, beside model, data and path."""
 

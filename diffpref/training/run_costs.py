@@ -10,6 +10,7 @@ from torch import nn
 from diffpref.models.backbone import Backbone, vae_factor
 from diffpref.models.execution import Recompute
 from diffpref.models.lora import ATTENTION
+from diffpref.models.packed import packable_bytes
 from diffpref.training.config import TrainConfig
 from diffpref.training.memory import Counts, factored_numbers, latent_cache_bytes, memory_parts, number_bytes, optimizer_bytes
 from diffpref.training.models import has_errors
@@ -160,6 +161,7 @@ class RunCosts:
             factored=factored_numbers(p.shape for p in trained),
             adapter=adapter_numbers(self.backbone.denoiser, self.config.rank),
             cache=0 if self.on_gpu else self.cache,
+            packed=packable_bytes(self.backbone.denoiser),
             num_processes=num_processes,
         )
 

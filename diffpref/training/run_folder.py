@@ -63,6 +63,7 @@ _MAY_CHANGE = {
     "gradient_checkpointing",
     "attention",
     "channels_last",
+    "pack_weights",
     "compile",
     "compile_backend",
     "shard",

@@ -44,6 +44,12 @@ ENABLED: dict[str, Settings] = {
     "all weights in bf16": {"tune": "full", "base_dtype": "bf16", "mixed_precision": "bf16", "optimizer": "adafactor"},
     "channels last": {"channels_last": True, "tune": "full"},
     "channels last, sdxl in bf16": {"channels_last": True, "family": "sdxl", "mixed_precision": "bf16", "base_dtype": "bf16"},
+    "packed weights": {"pack_weights": True},
+    "packed weights, all layers, recomputed, sdxl": {
+        **{"pack_weights": True, "lora_targets": "all", "gradient_checkpointing": True},
+        "family": "sdxl",
+    },
+    "packed weights, DoRA": {"pack_weights": True, "use_dora": True},
     "another attention, lora": {"attention": "native_math"},
     "another attention, full, recomputed": {"attention": "native_flash", "tune": "full", "gradient_checkpointing": True},
     "another attention, sdxl in bf16": {"attention": "native_flash", "family": "sdxl", "mixed_precision": "bf16"},
