@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 import fixture
+import parity
 import pytest
 import torch
 from bench_cpu import reference_gate
@@ -30,7 +31,7 @@ def test_a_run_that_does_not_start_as_its_reference_has_no_speed(tmp_path: Path)
             reference_gate(run_with(tmp_path / name, *losses))
 
 
-def test_a_peer_that_computes_something_else_fails_the_gate(tmp_path: Path) -> None:
+def test_a_peer_that_computes_something_else_fails_the_gate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fixture.make(tmp_path, "tiny", pairs=4, side=128)
     run = our_run(tmp_path, rank=4, learning_rate=5e-4)
     unet, draws = run.backbone.pipeline.unet, torch.Generator().manual_seed(0)
@@ -46,3 +47,8 @@ def test_a_peer_that_computes_something_else_fails_the_gate(tmp_path: Path) -> N
         shutil.rmtree(tmp_path / "runs")
         torch.save(trace | change, tmp_path / "trace.pt")
         assert check(tmp_path / "trace.pt", tmp_path, rank=4, learning_rate=5e-4)["passed"] == passed
+    monkeypatch.setattr(parity, "FROM_FLOAT64", 0.0)
+    torch.save(trace, tmp_path / "trace.pt")
+    found = check(tmp_path / "trace.pt", tmp_path, rank=4, learning_rate=5e-4)
+    assert not found["passed"]
+    assert 0 < found["packed"]["gradient_from_float64"] < 1e-3
