@@ -211,8 +211,7 @@ def part_mapo(folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     for path in sorted((folder / "better").iterdir())[:32]:
         (folder / "kohya" / "50_pictures" / path.name).write_bytes(path.read_bytes())
     layers = "to_q,to_k,to_v,to_out.0,proj_in,proj_out,ff.net.0.proj,ff.net.2"  # what kohya's network adapts
-    cached = ("--latent_cache", str(build_cache(folder)), "--pack_weights")
-    entrants = {"MaPO": ours(folder, "mapo", "mapo", *cached, "--lora_targets", layers)}
+    entrants = {"MaPO": ours(folder, "mapo", "mapo", "--latent_cache", str(build_cache(folder)), "--lora_targets", layers)}
     if args.kohya:
         entrants["kohya"] = peer_kohya(folder, args.kohya)
     found = contest(entrants, folder / "logs", rounds=args.rounds, steps=args.steps)
