@@ -83,7 +83,7 @@ class StepClock:
 
 
 def peak_of_process() -> int:
-    """Largest resident memory in bytes since the program began; the figure of `getrusage` begins with that of the process that started it."""
+    """Largest resident memory in bytes since the program began; that of `getrusage` begins with the process that started it."""
     status = Path("/proc/self/status")
     if status.exists():
         return 1024 * int(re.findall(r"VmHWM:\s+(\d+)", status.read_text())[0])

@@ -121,12 +121,12 @@ def sample(config: SampleConfig) -> int:
     state = sharing_processes()
     if config.precision == "fp16" and state.device.type == "cpu":
         raise ValueError("precision is fp16, which needs a GPU; on a CPU use fp32 or bf16")
-    pipeline = ready(load(config), config, state.device, config.height)
+    size = None if config.height is None else (config.height, int(config.width or 0))
+    pipeline = ready(load(config), config, state.device, size)
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     jobs = [(p, config.seed + k) for p in prompts for k in range(config.num_images_per_prompt)]
     mine = list(range(len(jobs)))[state.process_index :: state.num_processes]
-    size = None if config.height is None else (config.height, int(config.width or 0))
     for start in range(0, len(mine), config.batch_size):
         rows = mine[start : start + config.batch_size]
         images = generate(
@@ -164,16 +164,17 @@ class Sampling(Protocol):
     def batch_size(self) -> int: ...
 
 
-def ready(pipeline: DiffusionPipeline, config: Sampling, device: torch.device, height: int | None = None) -> DiffusionPipeline:
+def ready(pipeline: DiffusionPipeline, config: Sampling, device: torch.device, size: tuple[int, int] | None = None) -> DiffusionPipeline:
     """The pipeline on its device, in the precision and with the attention of the settings. Raises ValueError for an unknown kernel.
 
-    height: of the pictures; the model's own when not given.
+    size: height and width of the pictures; the model's own when not given.
     """
     dtype = DTYPES[config.precision]
     check_attention(config.attention, is_training=False)
     pipeline = pipeline.to(device, dtype)
-    side = pipeline.unet.config.sample_size if height is None else height // vae_factor(pipeline)
-    note = use_attention(pipeline.unet, config.attention, side, 2 * config.batch_size, dtype, is_training=False)
+    own, factor = pipeline.unet.config.sample_size, vae_factor(pipeline)
+    latents = (own, own) if size is None else (size[0] // factor, size[1] // factor)
+    note = use_attention(pipeline.unet, config.attention, [latents], 2 * config.batch_size, dtype, is_training=False)
     if note is not None:
         print(note, file=sys.stderr)
     return pipeline

@@ -25,6 +25,8 @@ TEXT_TOKENS = 77
 
 Shape = tuple[int, int, int, int]
 """Query tokens, key tokens, heads and their width."""
+Size = tuple[int, int]
+"""Height and width of latents."""
 
 
 def check_attention(name: str, is_training: bool) -> None:
@@ -101,17 +103,19 @@ def check_layer(name: str, layer: Any) -> None:
         raise ValueError(f"attention layer {name} is of another kind than SD's and SDXL's")
 
 
-def use_attention(unet: UNet2DConditionModel, name: str, side: int, batch: int, dtype: torch.dtype, is_training: bool) -> str | None:
+def use_attention(
+    unet: UNet2DConditionModel, name: str, sizes: Iterable[Size], batch: int, dtype: torch.dtype, is_training: bool
+) -> str | None:
     """Let every attention layer of a UNet compute by the kernel `name`, if it works here; else by torch's own, with a line to say why.
 
-    It is tried at every shape of latents of side x side and `batch` pictures, in the dtype of the products, with a backward pass for
-    training, and compared with torch's own. Raises ValueError as `check_attention` does.
+    It is tried at every shape that latents of these `sizes` and `batch` pictures give, in the dtype of the products, with a backward pass
+    for training, and compared with torch's own. Raises ValueError as `check_attention` does.
     """
     check_attention(name, is_training)
     if KERNELS[name] is NATIVE:
         return None
     device = next(unet.parameters()).device
-    reason = problem(name, attention_shapes(unet, side), batch, dtype, device, is_training)
+    reason = problem(name, attention_shapes(unet, sizes), batch, dtype, device, is_training)
     if reason is not None:
         return f"attention {name} cannot be used here ({reason}); torch's own is used in its place, which computes the same"
     processors = dict(unet.attn_processors)
@@ -125,15 +129,16 @@ def use_attention(unet: UNet2DConditionModel, name: str, side: int, batch: int, 
     return None
 
 
-def attention_shapes(unet: UNet2DConditionModel, side: int) -> list[Shape]:
-    """The different shapes of attention in a UNet on latents of side x side, largest first."""
+def attention_shapes(unet: UNet2DConditionModel, sizes: Iterable[Size]) -> list[Shape]:
+    """The different shapes of attention in a UNet on latents of these sizes, largest first."""
     deepest = len(unet.config.down_block_types) - 1
     found = set()
     for name in unet.attn_processors:
         layer, (block, number, *_) = unet.get_submodule(name.removesuffix(".processor")), name.split(".")
         level = int(number) if block == "down_blocks" else deepest - int(number) if block == "up_blocks" else deepest
-        tokens = (side >> level) ** 2
-        found.add((tokens, tokens if ".attn1." in name else TEXT_TOKENS, layer.heads, layer.to_q.out_features // layer.heads))
+        for height, width in sizes:
+            tokens = (height >> level) * (width >> level)
+            found.add((tokens, tokens if ".attn1." in name else TEXT_TOKENS, layer.heads, layer.to_q.out_features // layer.heads))
     return sorted(found, reverse=True)
 
 

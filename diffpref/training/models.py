@@ -13,7 +13,8 @@ from accelerate import PartialState
 from torch import nn
 
 from diffpref.core.types import Conditioning
-from diffpref.models.attention import use_attention
+from diffpref.data.buckets import bucket_shapes
+from diffpref.models.attention import Size, use_attention
 from diffpref.models.backbone import Backbone, check_finite, vae_factor, with_text_encoders
 from diffpref.models.execution import compile_regions, set_recompute
 from diffpref.models.lora import add_lora
@@ -42,14 +43,14 @@ def load_models(
     """
     null = None if port is not None else encoded_before(config)
     backbone = load_base(config, leave_out=null is not None)
-    side = check_resolution(config, backbone) // vae_factor(backbone.pipeline)
+    sizes = latent_sizes(config, backbone)
     if null is None:
         backbone.pipeline.to(device)
     else:
         backbone = without_encoders(config, backbone, null, device)
     check_finite(backbone, str(config.pretrained_model_name_or_path))
     dtype = DTYPES.get(precision, torch.float32)
-    note = use_attention(backbone.denoiser, config.attention, side, 2 * config.train_batch_size, dtype, is_training=True)
+    note = use_attention(backbone.denoiser, config.attention, sizes, 2 * config.train_batch_size, dtype, is_training=True)
     if note is not None and PartialState().is_main_process:
         print(note, file=sys.stderr)
     if config.channels_last:
@@ -101,6 +102,13 @@ def make_trainable(config: TrainConfig, backbone: Backbone) -> tuple[Backbone, n
     if not config.train_text_encoder:
         return backbone, denoiser
     return with_text_encoders(backbone, config.gradient_checkpointing != "off", rank=config.rank, alpha=alpha, seed=seed, use_rslora=rslora)
+
+
+def latent_sizes(config: TrainConfig, backbone: Backbone) -> list[Size]:
+    """Height and width of the latents: of one size, or of all buckets. Raises ValueError when the model cannot take the resolution."""
+    resolution, factor = check_resolution(config, backbone), vae_factor(backbone.pipeline)
+    shapes = bucket_shapes(resolution, config.bucket_step) if config.aspect_ratio_buckets else [(resolution, resolution)]
+    return [(height // factor, width // factor) for height, width in shapes]
 
 
 def check_resolution(config: TrainConfig, backbone: Backbone) -> int:

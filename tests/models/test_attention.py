@@ -68,7 +68,7 @@ def test_the_dispatched_attention_is_that_of_diffusers_bit_for_bit(unet: UNet2DC
 @pytest.mark.parametrize("recompute", [False, True])
 def test_other_kernels_agree_to_rounding(unet: UNet2DConditionModel, name: str, recompute: bool) -> None:
     expected, slopes = answer(unet)
-    assert use_attention(unet, name, 8, 2, torch.float32, is_training=True) is None
+    assert use_attention(unet, name, [(8, 8)], 2, torch.float32, is_training=True) is None
     assert {x._attention_backend for x in unet.attn_processors.values()} == {KERNELS[name]}
     if recompute:
         unet.enable_gradient_checkpointing()
@@ -83,13 +83,13 @@ def test_the_user_branch_takes_the_same_kernel(sd_unet: UNet2DConditionModel, or
     plain = copy.deepcopy(sd_unet)
     user = UserStates(torch.randn(2, 1, 3, 16, generator=torch.Generator().manual_seed(1)))
     if order == "before":
-        use_attention(sd_unet, "native_math", 8, 2, torch.float32, is_training=True)
+        use_attention(sd_unet, "native_math", [(8, 8)], 2, torch.float32, is_training=True)
     for model in (plain, sd_unet):
         add_user_attention(model, 16, seed=0)
         for branch in user_layers(model).values():
             torch.nn.init.normal_(branch.user_v.weight, generator=torch.Generator().manual_seed(2))
     if order == "after":
-        use_attention(sd_unet, "native_math", 8, 2, torch.float32, is_training=True)
+        use_attention(sd_unet, "native_math", [(8, 8)], 2, torch.float32, is_training=True)
     kinds = {type(x) for x in sd_unet.attn_processors.values()}
     assert kinds == {DispatchedAttention, UserAttention}
     expected, slopes = answer(plain, user)
@@ -116,8 +116,14 @@ def test_the_shapes_that_are_tried_are_those_of_the_model(unet: UNet2DConditionM
 
     monkeypatch.setattr(attention, "dispatch_attention_fn", look)
     answer(unet)
-    assert set(attention_shapes(unet, 8)) == seen
+    assert set(attention_shapes(unet, [(8, 8)])) == seen
     assert len(seen) == 2
+    wide = torch.randn(1, 4, 4, 16)
+    told = {"text_embeds": torch.randn(1, 16), "time_ids": torch.zeros(1, 6)}
+    unet(wide, torch.tensor([10]), torch.randn(1, 77, 16), added_cond_kwargs=told)
+    unet(wide.mT[..., :12, :], torch.tensor([10]), torch.randn(1, 77, 16), added_cond_kwargs=told)
+    assert set(attention_shapes(unet, [(8, 8), (4, 16), (12, 4)])) == seen
+    assert len(seen) > 2
 
 
 @pytest.mark.parametrize(
@@ -134,7 +140,7 @@ def test_a_kernel_that_does_not_work_here_is_replaced_with_its_reason(
     name: str, is_training: bool, reason: str, sd_unet: UNet2DConditionModel
 ) -> None:
     before = dict(sd_unet.attn_processors)
-    note = use_attention(sd_unet, name, 8, 2, torch.float32, is_training)
+    note = use_attention(sd_unet, name, [(8, 8)], 2, torch.float32, is_training)
     assert note is not None
     assert note.startswith(f"attention {name} cannot be used here (")
     assert reason in note
@@ -155,7 +161,7 @@ def test_a_kernel_that_computes_something_else_is_replaced(
         return 1.1 * out if part == "output" else out.detach() + 1.1 * (out - out.detach())
 
     monkeypatch.setattr(attention, "dispatch_attention_fn", wrong)
-    note = use_attention(sd_unet, "native_math", 8, 2, torch.float32, is_training=True)
+    note = use_attention(sd_unet, "native_math", [(8, 8)], 2, torch.float32, is_training=True)
     assert note is not None
     assert f"its {part} is" in note
 
@@ -176,6 +182,6 @@ def test_unknown_kernels_code_from_the_hub_and_training_in_8_bits_are_refused() 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["native_cudnn", "native_flash", "native_efficient", "xformers", "flash", "flash_3", "flex"])
 def test_kernels_of_gpus_agree(name: str, unet: UNet2DConditionModel) -> None:
-    note = use_attention(unet.cuda(), name, 64, 2, torch.bfloat16, is_training=True)
+    note = use_attention(unet.cuda(), name, [(64, 64)], 2, torch.bfloat16, is_training=True)
     if note is not None:
         pytest.skip(note)

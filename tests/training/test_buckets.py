@@ -23,6 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from diffpref.core.types import PreferenceBatch
+from diffpref.models import attention
 from diffpref.training.config import TrainConfig
 from diffpref.training.loop import train
 from diffpref.training.run import Run
@@ -160,6 +161,23 @@ def test_held_out_pairs_are_measured_in_their_own_buckets(run_training: Go, read
     folder = run_training("run", held_out_pairs=5, validation_steps=3, num_validation_images=1, vae_encode_batch_size=3)
     (line,) = [line for line in read_metrics(folder) if "eval/implicit_accuracy" in line]
     assert line["eval/num_pairs"] >= 5
+
+
+def test_attention_kernels_are_tried_in_the_shapes_of_all_buckets(
+    prepare: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, tried = attention.kernel, set()
+
+    def picky(query: Tensor, *rest: Any) -> Tensor:
+        tried.add(query.shape[1])
+        if query.shape[1] == 12 and rest[-1] is attention.KERNELS["native_math"]:
+            raise RuntimeError("no kernel for 12 tokens")
+        return own(query, *rest)
+
+    monkeypatch.setattr(attention, "kernel", picky)
+    prepare("run", attention="native_math")
+    assert "attention native_math cannot be used here (no kernel for 12 tokens)" in capsys.readouterr().err
+    assert {16, 15, 12} <= tried
 
 
 @pytest.mark.parametrize("cache_latents", [False, True])
