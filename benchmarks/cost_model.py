@@ -42,13 +42,14 @@ class Network:
     train_full: float  # forward and backward
     train_lora: float
     vae_encode: float
+    judge: float  # decoded, and seen by PickScore's image tower (mid: only decoded)
     latent_side: int
 
 
 NETWORKS = {
-    "sdxl": Network(2_567_463_684, 23_224_320, 6.761, 20.231, 14.126, 4.879, 128),
-    "sd15": Network(859_520_964, 3_188_736, 0.803, 2.407, 1.718, 1.117, 64),
-    "mid": Network(97_275_140, 1_064_960, 0.006256, 0.018423, 0.011930, 0.004378, 16),
+    "sdxl": Network(2_567_463_684, 23_224_320, 6.761, 20.231, 14.126, 4.879, 10.805, 128),
+    "sd15": Network(859_520_964, 3_188_736, 0.803, 2.407, 1.718, 1.117, 2.850, 64),
+    "mid": Network(97_275_140, 1_064_960, 0.006256, 0.018423, 0.011930, 0.004378, 0.013356, 16),
 }
 """SDXL at 1024 pixels and SD1.5 at 512, counted on meta tensors of the public configurations; mid of fixture.py at 128."""
 
@@ -58,8 +59,10 @@ class Work:
     """Evaluations per picture beside its forward and backward pass."""
 
     reference: float = 1.0  # forward passes of the reference
-    inversion: float = 0.0  # of the policy, without gradient: its inversion, or the first of two passes over a trajectory
+    inversion: float = 0.0  # of the policy, without gradient: inversion, sampling, or the first of two passes over a trajectory
     trained: float = 1.0  # forward and backward passes
+    judged: float = 0.0  # pictures decoded and scored
+    is_stored: bool = True  # pictures come from a data set
 
 
 METHODS = {
@@ -69,11 +72,14 @@ METHODS = {
     "inpo": Work(inversion=6.479),
     "smpo": Work(inversion=2 * 3.989),
     "inversion_dpo": Work(reference=2 * 80, inversion=80, trained=80),
+    "spo": Work(reference=1, inversion=130 / 32, trained=1, judged=64 / 32, is_stored=False),
+    "spo_sdxl": Work(reference=1.75, inversion=70 / 32, trained=1.75, judged=8 / 32, is_stored=False),
 }
 """Means over uniform timesteps on the exact grid; Inversion-DPO with 40 nodes under guidance.
 
-There the reference inverts and is compared, and the policy is asked twice. DSPO, DMPO and the guards cost what Diffusion-DPO
-does, DRO what MaPO does."""
+There the reference inverts and is compared, and the policy is asked twice. SPO's sampling is spread over the 16 pairs that a prompt
+gives when the scorer tells all candidates apart; everything is guided. DSPO, DMPO, the guards, Diffusion-KTO and lists cost per picture what
+Diffusion-DPO does (two pictures are a pair), DRO what MaPO does."""
 
 
 @dataclass(frozen=True)
@@ -116,12 +122,16 @@ def seconds(method: str, network: str, card: Card, setup: Setup, measured: dict[
 
     method: of METHODS; network: of NETWORKS; measured: constants of the input. Raises ValueError for unknown names.
     """
-    per_pair = tflop_per_pair(method, network, setup.tune) + (0 if setup.cached else 2 * NETWORKS[network].vae_encode)
+    per_pair = tflop_per_pair(method, network, setup.tune)
     work, net = METHODS[method], NETWORKS[network]
+    if not setup.cached and work.is_stored:
+        per_pair += 2 * net.vae_encode
     compute = setup.pairs * per_pair / (card.tflops * card.compute_share)
     scale = (net.latent_side / 128) ** 2
     reading = measured["read_cached_pair"] if setup.cached else measured["decode_pair"]
     input_ = setup.pairs * scale * (reading + measured["draw_noise"]) / (1 if setup.cached else setup.workers)  # a cache is read by the run
+    if not work.is_stored:
+        input_ = setup.pairs * scale * measured["draw_noise"]
     found = {"compute": compute, "input": input_, "messages": messages(net, card, setup, work)}
     longest = max(found.values())
     return found | {"step": longest, "pairs_per_second": setup.gpus * setup.pairs / longest}
@@ -134,7 +144,7 @@ def tflop_per_pair(method: str, network: str, tune: str) -> float:
             raise ValueError(f"{name!r} is not known; accepted: {', '.join(known)}")
     work, net = METHODS[method], NETWORKS[network]
     per_picture = work.trained * (net.train_full if tune == "full" else net.train_lora)
-    return 2 * (per_picture + (work.reference + work.inversion) * net.forward)
+    return 2 * (per_picture + (work.reference + work.inversion) * net.forward + work.judged * net.judge)
 
 
 def messages(net: Network, card: Card, setup: Setup, work: Work) -> float:
@@ -162,6 +172,8 @@ def table(measured: dict[str, float]) -> str:
     """Markdown: predicted pairs per second of SDXL on 1, 8 and 64 H100, 64 pairs per GPU and step in micro-batches of 4."""
     lines = ["| method | tuning | 1 GPU | 8 GPUs | 64 GPUs | 64 GPUs, split weights |", "|---|---|---|---|---|---|"]
     for method in METHODS:
+        if method == "spo":  # which is SD1.5's
+            continue
         for tune in ("lora", "full"):
             shards = [(1, "no"), (8, "no"), (64, "no"), (64, "weights")]
             found = [seconds(method, "sdxl", CARDS["h100"], Setup(gpus=n, tune=tune, shard=s), measured) for n, s in shards]

@@ -42,6 +42,7 @@ def test_one_reader_without_a_cache_is_what_holds_lora_up() -> None:
 def test_what_asks_no_reference_is_faster(cheaper: str) -> None:
     speeds = {name: seconds(name, "sdxl", CARDS["a100"], Setup(), MEASURED)["pairs_per_second"] for name in METHODS}
     assert speeds[cheaper] > speeds["diffusion_dpo"] > speeds["inpo"] > speeds["smpo"] > speeds["inversion_dpo"]
+    assert speeds["diffusion_dpo"] > speeds["spo_sdxl"] > speeds["inversion_dpo"]
 
 
 def test_inversions_are_those_of_the_exact_grid() -> None:
@@ -52,6 +53,19 @@ def test_inversions_are_those_of_the_exact_grid() -> None:
     assert METHODS["smpo"].inversion == pytest.approx(2 * moves(5))
     trajectory = METHODS["inversion_dpo"]  # the reference inverts and is compared, the policy is asked without a gradient first
     assert trajectory.reference + trajectory.inversion == 3 * trajectory.trained == 240
+
+
+def test_sampling_costs_what_the_sampler_asks() -> None:
+    """The counts of tests/sources/test_stepwise.py: 65 and 35 latents of a prompt, asked twice for guidance, in 16 pairs."""
+    for name, latents, candidates, asked_twice in (("spo", 65, 16 * 4, 0), ("spo_sdxl", 35, 4 * 2, 3 / 4)):
+        work = METHODS[name]
+        assert work.inversion * 32 == 2 * latents
+        assert work.judged * 32 == candidates
+        assert work.trained == work.reference == 2 * (1 + asked_twice) / 2  # guided, once where the samples share their input
+    cached, fresh = (seconds("spo_sdxl", "sdxl", CARDS["h100"], Setup(cached=x), MEASURED) for x in (True, False))
+    assert cached == fresh  # nothing is read
+    whole = 2 * (1.75 * (20.231 + 6.761) + 70 / 32 * 6.761 + 0.25 * 10.805)
+    assert cached["compute"] == pytest.approx(64 * whole / (989 * 0.4))
 
 
 def test_unknown_names_are_refused() -> None:
