@@ -78,8 +78,8 @@ METHODS = {
 """Means over uniform timesteps on the exact grid; Inversion-DPO with 40 nodes under guidance.
 
 There the reference inverts and is compared, and the policy is asked twice. SPO's sampling is spread over the 16 pairs that a prompt
-gives when the scorer tells all candidates apart; everything is guided. DSPO, DMPO, the guards, Diffusion-KTO and lists cost per picture what
-Diffusion-DPO does (two pictures are a pair), DRO what MaPO does."""
+gives when the scorer tells all candidates apart; everything is guided. DSPO, DMPO, the guards, Diffusion-KTO and lists cost per picture
+what Diffusion-DPO does (two pictures are a pair), DRO what MaPO does."""
 
 
 @dataclass(frozen=True)
