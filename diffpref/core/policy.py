@@ -167,7 +167,8 @@ def evaluate(
 def predicted(step: PathStep, cond: Conditioning, predict: Predict, null: Conditioning | None = None) -> Tensor:
     """What a network predicts at a step under its guidance, (G, K, C, h, w); asked once for a group whose images share their input."""
     ask = guided(predict, null, step.guidance_scale)
-    images = step.x_t.shape[1]
+    groups, images = step.x_t.shape[:2]
+    assert len(step.shared_input) in (0, groups), "shared_input is said of every group, or of none"
     if not any(step.shared_input):
         return ask(step.x_t, step.timesteps, cond)
     if all(step.shared_input):

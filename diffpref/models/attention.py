@@ -137,7 +137,7 @@ def attention_shapes(unet: UNet2DConditionModel, sizes: Iterable[Size]) -> list[
         layer, (block, number, *_) = unet.get_submodule(name.removesuffix(".processor")), name.split(".")
         level = int(number) if block == "down_blocks" else deepest - int(number) if block == "up_blocks" else deepest
         for height, width in sizes:
-            tokens = (height >> level) * (width >> level)
+            tokens = -(-height >> level) * -(-width >> level)  # sides are rounded up
             found.add((tokens, tokens if ".attn1." in name else TEXT_TOKENS, layer.heads, layer.to_q.out_features // layer.heads))
     return sorted(found, reverse=True)
 

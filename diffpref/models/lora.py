@@ -94,9 +94,10 @@ class LeanLinear(lora.Linear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x: (..., in). The same numbers; other scales, several adapters, merged ones, DoRA and dropout are left to peft."""
-        name, *others = self.active_adapters
-        is_plain = self.scaling.get(name) == 1 and not (others or args or kwargs or self.merged or name in self.lora_variant)
-        if self.disable_adapters or not is_plain or (self.training and getattr(self.lora_dropout[name], "p", 0)):
+        active = self.active_adapters
+        name = active[0] if len(active) == 1 and not (self.disable_adapters or self.merged or args or kwargs) else None
+        is_plain = self.scaling.get(name) == 1 and name not in self.lora_variant
+        if not is_plain or (self.training and getattr(self.lora_dropout[name], "p", 0)):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         base = self.base_layer(x)
         return (base + self.lora_B[name](self.lora_A[name](x))).to(base.dtype)

@@ -2,8 +2,7 @@
 
 oneDNN's convolutions and MKL's matrix products rearrange the weights that they are given. For a frozen layer the result is always the
 same, so that it is kept: once for the forward pass and once for the gradient of the input, which are a convolution with mirrored kernels
-and a product with the transposed matrix. Convolutions give the numbers that they gave; products and gradients differ by rounding, for
-policy and reference alike.
+and a product with the transposed matrix. Numbers differ by rounding from those of plain layers, for policy and reference alike.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 ops: Any = torch.ops
+LEAST = 512 * 512
+"""Numbers of a matrix that is packed. MKL reserves 8 MB for smaller ones, too, and they gain less than the way to its kernel costs."""
 
 
 class Layouts(dict[Any, Any]):
@@ -133,7 +134,7 @@ def _packed_kind(layer: nn.Module) -> type[nn.Module] | None:
     if not isinstance(layer, nn.Conv2d | nn.Linear) or layer.weight.requires_grad or layer.weight.dtype != torch.float32:
         return None
     if isinstance(layer, nn.Linear):
-        return PackedLinear if type(layer) in (nn.Linear, PackedLinear) else None
+        return PackedLinear if type(layer) in (nn.Linear, PackedLinear) and layer.weight.numel() >= LEAST else None
     if type(layer) not in (nn.Conv2d, PackedConv2d) or isinstance(layer.padding, str) or layer.padding_mode != "zeros":
         return None
     mirrors = all(p < k for p, k in zip(layer.padding, layer.kernel_size, strict=True))

@@ -54,10 +54,17 @@ def check_compile(config: TrainConfig) -> None:
 
 
 def check_packing(config: TrainConfig) -> None:
-    """Settings under which there are no frozen float32 weights to be packed, or kernels that know no packed ones."""
+    """Settings under which there are no frozen float32 weights to be packed, or that packed layers would not follow."""
     if not config.pack_weights:
         return
-    for name, fits in {"tune": "lora", "base_dtype": "fp32", "compile": False, "shard": "no", "aspect_ratio_buckets": False}.items():
+    for name, fits in {
+        "tune": "lora",
+        "base_dtype": "fp32",
+        "compile": False,
+        "shard": "no",
+        "aspect_ratio_buckets": False,
+        "channels_last": False,
+    }.items():
         if getattr(config, name) != fits:
             raise ValueError(
                 f"pack_weights is true together with {name} {getattr(config, name)}; "

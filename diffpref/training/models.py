@@ -65,7 +65,7 @@ def load_models(
         if device.type != "cpu" or precision != "no":
             where = f"{device.type} with mixed_precision {precision}"
             raise ValueError(f"pack_weights is true on {where}; it is for a CPU with mixed_precision no: leave it out")
-        pack(backbone.denoiser, config.train_batch_size * (objective.images_per_group or 2))
+        pack(backbone.denoiser, objective.groups_at_once(config.train_batch_size) * (objective.images_per_group or 2))
     set_recompute(backbone.denoiser, config.gradient_checkpointing)
     module.eval()  # dropout would make policy and reference differ; even of probability 0 it changes memory layouts, and so rounding
     if config.compile:

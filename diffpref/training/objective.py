@@ -93,6 +93,10 @@ class Objective:
         """Images of a group that it looks at; None for all of them."""
         return self.method.images_per_group
 
+    def groups_at_once(self, groups: int) -> int:
+        """Groups that go through the networks together for a micro-batch of `groups`; with guidance each is there twice."""
+        return groups * (1 + (self.guidance_scale != 1)) * self.steps_at_once
+
     def check_images(self, count: int) -> None:
         """Raises ValueError when a forward pass of `count` images, all processes together, is too small for the method."""
         least = getattr(self.method, "least_images", 1)

@@ -118,6 +118,7 @@ def open_or_compute(run: Run, source: Callable[[], Iterator[PreferenceBatch]]) -
     try:
         with safe_open(path, "pt") as file:
             made_with, wanted_sum = json.loads(file.metadata()["made_with"]), int(file.metadata()["sum"])
+            made_with.setdefault("pack_weights", False)  # files from before there were packed weights
             names, values = file.get_tensor("key"), file.get_tensor("error")
     except (OSError, SafetensorError, TypeError, KeyError) as error:
         raise ValueError(f"reference_errors {str(path)!r} cannot be read ({error}); delete it, or name another file") from error

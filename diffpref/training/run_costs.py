@@ -113,8 +113,7 @@ class RunCosts:
         """One micro-batch of the policy at the steps that it takes together; with guidance each picture is there twice."""
         key = (config.train_batch_size, config.gradient_checkpointing, config.gradient_accumulation_steps > 1)
         if key not in self._steps:
-            guided = self.objective.guidance_scale != 1
-            groups = (config.train_batch_size * (1 + guided) * self.objective.steps_at_once, self.images_per_group)
+            groups = (self.objective.groups_at_once(config.train_batch_size), self.images_per_group)
             how: dict[str, Any] = {"autocast": self.autocast, "recompute": key[1], "on_gpu": self.on_gpu, "accumulates": key[2]}
             self._steps[key] = step_cost(self.backbone, self.module, groups, self.resolution, **how)
         return self._steps[key]

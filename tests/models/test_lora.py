@@ -224,3 +224,6 @@ def test_what_is_more_than_one_plain_adapter_is_left_to_peft(sd_unet: UNet2DCond
     assert not torch.equal(layer.train()(x), plain)
     layer.eval().merge()
     torch.testing.assert_close(layer(x), plain)
+    layer.unmerge()
+    sd_unet.delete_adapters(["default", "second"])
+    torch.testing.assert_close(layer(x), base)

@@ -10,10 +10,17 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
+from diffpref.models import packed
 from diffpref.models.lora import add_lora, merged_copy
 from diffpref.models.packed import PackedConv2d, PackedLinear, pack, packable_bytes
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="a build of torch without MKL")
+
+
+@pytest.fixture(autouse=True)
+def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test's matrices are far smaller than those that are worth it."""
+    monkeypatch.setattr(packed, "LEAST", 0)
 
 
 def plain(**settings: Any) -> nn.Conv2d:
@@ -45,18 +52,18 @@ def with_gradient(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("side", [5, 8])
 def test_a_packed_convolution_is_the_plain_one_in_every_shape(settings: dict[str, Any], side: int) -> None:
     layer = plain(**settings)
-    packed = copy.deepcopy(layer)
-    assert pack(packed, 2) == 1
-    assert isinstance(packed, PackedConv2d)
+    own = copy.deepcopy(layer)
+    assert pack(own, 2) == 1
+    assert isinstance(own, PackedConv2d)
     for batch, height in ((2, side), (2, side), (3, side), (1, side + 4), (4, 40)):  # kept after the first call, and used for others
         x = torch.randn(batch, 6, height, side)
         y, slope = with_gradient(layer, x)
-        found, gradient = with_gradient(packed, x)
+        found, gradient = with_gradient(own, x)
         torch.testing.assert_close(found, y, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(gradient, slope, atol=1e-5, rtol=1e-5)
-        in_other_order, _ = with_gradient(packed, x.to(memory_format=torch.channels_last))
+        in_other_order, _ = with_gradient(own, x.to(memory_format=torch.channels_last))
         assert torch.equal(in_other_order, found)
-        fresh = copy.deepcopy(packed)
+        fresh = copy.deepcopy(own)
         assert not fresh.layouts
         assert all(torch.equal(a, b) for a, b in zip(with_gradient(fresh, x), (found, gradient), strict=True))  # whatever came before
 
@@ -65,18 +72,25 @@ def test_a_packed_convolution_is_the_plain_one_in_every_shape(settings: dict[str
 def test_a_packed_matrix_is_the_plain_one_for_any_number_of_rows(bias: bool) -> None:
     torch.manual_seed(1)
     layer = nn.Linear(12, 20, bias=bias).requires_grad_(False)
-    packed = copy.deepcopy(layer)
-    assert pack(packed, 2) == 1
-    assert isinstance(packed, PackedLinear)
+    own = copy.deepcopy(layer)
+    assert pack(own, 2) == 1
+    assert isinstance(own, PackedLinear)
     for shape in ((2, 16, 12), (2, 16, 12), (2, 3, 4, 12), (2, 12), (5, 12), (12,)):
         x = torch.randn(shape)
         y, slope = with_gradient(layer, x)
-        found, gradient = with_gradient(packed, x)
+        found, gradient = with_gradient(own, x)
         torch.testing.assert_close(found, y, atol=1e-6, rtol=1e-6)
         torch.testing.assert_close(gradient, slope, atol=1e-6, rtol=1e-6)
-        fresh = copy.deepcopy(packed)
+        fresh = copy.deepcopy(own)
         assert all(torch.equal(a, b) for a, b in zip(with_gradient(fresh, x), (found, gradient), strict=True))  # whatever came before
-    assert sorted(packed.layouts) == [(rows, way) for rows in (2, 24, 32) for way in (False, True)]  # other batches have none
+    assert sorted(own.layouts) == [(rows, way) for rows in (2, 24, 32) for way in (False, True)]  # other batches have none
+
+
+def test_small_matrices_are_not_worth_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "LEAST", 12 * 20)
+    network = nn.Sequential(nn.Linear(12, 20), nn.Linear(20, 11)).requires_grad_(False)
+    assert pack(network, 2) == 1
+    assert packable_bytes(network) == 4 * 12 * 20
 
 
 def test_what_is_trained_or_of_another_kind_stays_as_it_is() -> None:
