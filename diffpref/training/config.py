@@ -198,7 +198,7 @@ class TrainConfig:
     allow_tf32: bool = False
     """Let GPUs multiply float32 matrices in TF32: faster, with 10 bits of mantissa."""
     pack_weights: bool = False
-    """On a CPU, keep frozen weights in its kernels' own layouts, too: faster, with up to three times their memory (docs/speed.md)."""
+    """On a CPU, keep frozen weights in its kernels' own layouts, too: faster, with up to four times their memory (docs/speed.md)."""
     attention: str = "sdpa"
     """Attention kernel of the UNet, tried before it is used: sdpa is torch's own choice; xformers and others are in docs/speed.md."""
     shard: Literal["no", "weights", "gradients"] = "no"

@@ -14,7 +14,7 @@ from torch import Tensor
 from diffpref.models import packed
 from diffpref.models.packed import PackedConv2d, PackedLinear, packable_bytes
 from diffpref.training.config import TrainConfig
-from diffpref.training.memory import Counts, as_flags, memory_parts, remedies
+from diffpref.training.memory import PACKED, Counts, as_flags, memory_parts, remedies
 from diffpref.training.objective import build_objective
 from diffpref.training.run import Run
 
@@ -63,7 +63,7 @@ def test_frozen_layers_are_packed_and_counted(prepare: Callable[..., Run], monke
     network = run.backbone.denoiser
     assert any(isinstance(layer, PackedConv2d) for layer in network.modules())
     assert any(isinstance(layer, PackedLinear) for layer in network.modules())
-    assert run.preflight.found["memory"]["packed weights"] == 2 * packable_bytes(network) > 0
+    assert run.preflight.found["memory"]["packed weights"] == PACKED * packable_bytes(network) > 0
 
 
 def test_the_preflight_advises_against_it_first() -> None:
@@ -73,7 +73,7 @@ def test_the_preflight_advises_against_it_first() -> None:
     def needs(config: TrainConfig, counts: Counts) -> int:
         return sum(memory_parts(config, True, counts, 10**9).values())
 
-    assert needs(config, counts) - needs(dataclasses.replace(config, pack_weights=False), counts) == 6 * 10**9
+    assert needs(config, counts) - needs(dataclasses.replace(config, pack_weights=False), counts) == PACKED * 3 * 10**9
     (found,) = remedies(config, "no", counts, needs, 6e9, on_gpu=False)
     assert found[0] == {"pack_weights": False}
     assert as_flags(found[0]) == "--pack_weights false"
