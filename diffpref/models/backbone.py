@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
 from diffpref.core.process import DdpmProcess
+from diffpref.core.random import moved
 from diffpref.core.types import Conditioning, Predict
 from diffpref.models import sd, sdxl, sdxl_refiner
 from diffpref.models.family import SETTING, family_of_config, model_family
@@ -76,7 +77,7 @@ class Backbone:
         """
         vae = self.pipeline.vae
         with torch.no_grad():
-            posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
+            posterior = vae.encode(moved(pixels, vae.device).float()).latent_dist
         return torch.stack([posterior.mean, posterior.std], 1) * vae.config.scaling_factor
 
     def decode(self, latents: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

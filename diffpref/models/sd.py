@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from diffpref.core.random import moved
 from diffpref.core.types import Conditioning, Predict
 from diffpref.models.user_attention import user_kwargs
 
@@ -48,7 +49,7 @@ def tokenize(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Tensor:
 def encode(encoders: Sequence[Any], token_ids: Tensor) -> Conditioning:
     """Token ids (N, 1, L) to prompt_embeds (N, 1, L, D): the encoder's last hidden state."""
     (encoder,) = encoders
-    return Conditioning(encoder(token_ids[:, 0].to(encoder.device))[0][:, None])
+    return Conditioning(encoder(moved(token_ids[:, 0], encoder.device))[0][:, None])
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from diffpref.core.random import moved
 from diffpref.core.types import Conditioning, Predict
 from diffpref.models.user_attention import user_kwargs
 
@@ -56,7 +57,9 @@ def tokenize(pipeline: DiffusionPipeline, prompts: Sequence[str]) -> Tensor:
 
 def encode(encoders: Sequence[Any], token_ids: Tensor) -> Conditioning:
     """Token ids (N, 2, L) to prompt_embeds (N, 1, L, D1 + D2), the penultimate states, and the second encoder's pooled (N, 1, P)."""
-    outs = [encoder(ids.to(encoder.device), output_hidden_states=True) for encoder, ids in zip(encoders, token_ids.unbind(1), strict=True)]
+    outs = [
+        encoder(moved(ids, encoder.device), output_hidden_states=True) for encoder, ids in zip(encoders, token_ids.unbind(1), strict=True)
+    ]
     states = torch.cat([out.hidden_states[-2] for out in outs], -1)
     return Conditioning(states[:, None], outs[-1][0][:, None])
 

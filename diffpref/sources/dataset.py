@@ -42,7 +42,7 @@ class Encoder:
     prompts_at_once: int = 8  # given to encode_prompts
 
     def moments(self, pixels: Tensor) -> Tensor:
-        """Pixels (N, 3, H, W) to mean and standard deviation of the latents (N, 2, C, h, w), on the CPU.
+        """Pixels (N, 3, H, W) to mean and standard deviation of the latents (N, 2, C, h, w), where the autoencoder is.
 
         The last part is filled up with its last picture, so that a picture's numbers do not depend on N.
         """
@@ -50,7 +50,7 @@ class Encoder:
         for part in pixels.split(self.pictures_at_once):
             missing = self.pictures_at_once - len(part)
             full = torch.cat([part, part[-1:].expand(missing, -1, -1, -1)]) if missing else part
-            parts.append(self.encode_moments(full)[: len(part)].cpu())
+            parts.append(self.encode_moments(full)[: len(part)])
         return torch.cat(parts)
 
     def prompt_rows(self, prompts: Sequence[str]) -> list[Conditioning]:
@@ -70,7 +70,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class Encoded:
-    """G groups after the autoencoder, on the CPU."""
+    """G groups after the autoencoder, on the CPU but for latents that come right from it."""
 
     moments: Tensor  # (G, U, 2, C, h, w): best picture first; mean and standard deviation
     time_ids: Tensor  # (G, U, 6)
@@ -110,7 +110,8 @@ def assemble(encoded: Encoded, encoder: Encoder) -> PreferenceBatch:
     """
     draws = PairRandom(encoder.seed, tuple(encoded.pair_ids), tuple(encoded.visits))
     mean, sd = encoded.moments.unbind(2)
-    latents = (mean + sd * draws.normal("posterior", mean.shape[1:]))[:, encoded.slots]
+    sampled = mean + sd * moved(draws.normal("posterior", mean.shape[1:]), mean.device)
+    latents = torch.stack([sampled[:, slot] for slot in encoded.slots], 1)
     empty = (draws.uniform("empty_prompt") < encoder.proportion_empty_prompts).tolist()
     groups, images = encoded.relevance.shape
     if all(len(set(prompts)) == 1 for prompts in encoded.prompts):
@@ -219,7 +220,7 @@ class LatentCache:
         for view, mirrored in enumerate(views):
             for batch in batches(replace(pixels, flip_probability=mirrored), lambda: chunks):
                 index = batch["index"]
-                moments = encoder.moments(batch["pixels"].flatten(0, 1)).unflatten(0, batch["pixels"].shape[:2])
+                moments = encoder.moments(batch["pixels"].flatten(0, 1)).cpu().unflatten(0, batch["pixels"].shape[:2])
                 check_finite(moments, batch["pair_id"])
                 shape = pixels.shape(int(index[0]))
                 if shape not in cache.moments:  # made at once: joining parts at the end would need twice the memory

@@ -84,7 +84,7 @@ def store_latents(
         index = seen[0]["index"].tolist()
         new = {(g, u): key for g, i in enumerate(index) for u, key in by_index[i].keys.items()}
         rows = tuple(torch.tensor(list(new)).T)
-        moments = torch.stack([encoder.moments(batch["pixels"][rows]) for batch in seen], 1).to(dtype)
+        moments = torch.stack([encoder.moments(batch["pixels"][rows]).cpu() for batch in seen], 1).to(dtype)
         check_finite(moments, [seen[0]["pair_id"][g] for g, _ in new])
         if parts and (parts[0][0].shape[1:] != moments.shape[1:] or sum(x.nbytes for x, _ in parts) + moments.nbytes > SHARD_BYTES):
             write()

@@ -66,11 +66,13 @@ def test_a_path_does_not_wait_for_the_device(path: Any) -> None:
     assert not waits.seen
 
 
-def test_a_batch_is_put_together_ahead_of_the_device() -> None:
+@pytest.mark.parametrize("where", ["cpu", "meta"])
+def test_a_batch_is_put_together_ahead_of_the_device(where: str) -> None:
+    """Latents come from a cache, or right from the autoencoder on the device."""
     known = {name: Conditioning(torch.zeros(1, 1, 5, 4), torch.zeros(1, 1, 4)) for name in ("one", "two")}
     encoder = Encoder(lambda x: x, lambda texts: known[texts[0]], known["one"], True, GPU, 0, prompt_cache=dict(known))
     encoded = Encoded(
-        torch.zeros(2, 2, 2, 4, 8, 8),
+        torch.zeros(2, 2, 2, 4, 8, 8, device=where),
         torch.zeros(2, 2, 6),
         torch.tensor([[1.0, 0.0]]).expand(2, 2),
         ["a", "b"],
