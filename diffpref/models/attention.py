@@ -26,7 +26,7 @@ TEXT_TOKENS = 77
 Shape = tuple[int, int, int, int]
 """Query tokens, key tokens, heads and their width."""
 Size = tuple[int, int]
-"""Height and width of latents."""
+"""Height and width, of latents or of pictures."""
 
 
 def check_attention(name: str, is_training: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -43,7 +44,8 @@ def load_models(
     """
     null = None if port is not None else encoded_before(config)
     backbone = load_base(config, leave_out=null is not None)
-    sizes = latent_sizes(config, backbone)
+    factor = vae_factor(backbone.pipeline)
+    sizes = [(height // factor, width // factor) for height, width in picture_sizes(config, backbone)]
     if null is None:
         backbone.pipeline.to(device)
     else:
@@ -104,11 +106,17 @@ def make_trainable(config: TrainConfig, backbone: Backbone) -> tuple[Backbone, n
     return with_text_encoders(backbone, config.gradient_checkpointing != "off", rank=config.rank, alpha=alpha, seed=seed, use_rslora=rslora)
 
 
-def latent_sizes(config: TrainConfig, backbone: Backbone) -> list[Size]:
-    """Height and width of the latents: of one size, or of all buckets. Raises ValueError when the model cannot take the resolution."""
-    resolution, factor = check_resolution(config, backbone), vae_factor(backbone.pipeline)
-    shapes = bucket_shapes(resolution, config.bucket_step) if config.aspect_ratio_buckets else [(resolution, resolution)]
-    return [(height // factor, width // factor) for height, width in shapes]
+def picture_sizes(config: TrainConfig, backbone: Backbone) -> tuple[Size, ...]:
+    """Height and width of the pictures: one size, or those of all buckets. Raises ValueError for what the model cannot take."""
+    resolution, factor = check_resolution(config, backbone), backbone.pixel_factor
+    if not config.aspect_ratio_buckets:
+        return ((resolution, resolution),)
+    if config.bucket_step % factor:
+        near = math.ceil(config.bucket_step / factor) * factor
+        raise ValueError(
+            f"bucket_step is {config.bucket_step}; this model needs a multiple of {factor} (VAE and UNet down-sampling), for example {near}"
+        )
+    return bucket_shapes(resolution, config.bucket_step)
 
 
 def check_resolution(config: TrainConfig, backbone: Backbone) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from diffpref.core.types import Predict, PreferenceBatch
-from diffpref.data.buckets import Buckets, bucket_shapes, read_sizes
+from diffpref.data.buckets import Buckets, read_sizes
 from diffpref.data.groups import Grouping, Groups, arranged
 from diffpref.data.loader import PairPixels
 from diffpref.data.pairs import PairDataset
@@ -22,7 +21,7 @@ from diffpref.sources.dataset import Encoder, LatentCache, from_disk
 from diffpref.sources.stored import StoredLatents, with_store
 from diffpref.training.config import TrainConfig
 from diffpref.training.latent_cache import open_store
-from diffpref.training.models import check_resolution
+from diffpref.training.models import check_resolution, picture_sizes
 from diffpref.training.order import group_weights, new_sampler
 from diffpref.training.port import Port
 from diffpref.training.validation import HeldOut
@@ -58,16 +57,10 @@ def new_pixels(config: TrainConfig, pairs: PairDataset, backbone: Backbone, grou
 
 def new_buckets(config: TrainConfig, pairs: PairDataset | Groups, backbone: Backbone, progress: bool) -> Buckets | None:
     """The aspect-ratio buckets of these pairs, None without aspect_ratio_buckets. Raises ValueError like `new_pixels`."""
-    resolution, factor = check_resolution(config, backbone), backbone.pixel_factor
+    picture_sizes(config, backbone)  # refuses what cannot work before reading thousands of pictures
     if not config.aspect_ratio_buckets:
         return None
-    if config.bucket_step % factor:
-        near = math.ceil(config.bucket_step / factor) * factor
-        raise ValueError(
-            f"bucket_step is {config.bucket_step}; this model needs a multiple of {factor} (VAE and UNet down-sampling), for example {near}"
-        )
-    bucket_shapes(resolution, config.bucket_step)  # refuses what cannot work before reading thousands of pictures
-    return Buckets.of_sizes(read_sizes(pairs, progress=progress), resolution, config.bucket_step)
+    return Buckets.of_sizes(read_sizes(pairs, progress=progress), check_resolution(config, backbone), config.bucket_step)
 
 
 def new_encoder(config: TrainConfig, backbone: Backbone, device: torch.device, pictures: int = 2) -> Encoder:
