@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             code = commands[words[0]](words[1:])
     except ValueError as error:
         return _fail(str(error))
-    leave_processes()
+    leave_processes(code)
     return code
 
 

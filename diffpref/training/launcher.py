@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
 import os
 import signal
@@ -57,12 +58,20 @@ def use_all_cores() -> None:
         torch.set_num_threads(cores or 1)
 
 
-def leave_processes() -> None:
-    """End this process's part in the process group, if a command made one, before the interpreter takes it apart.
+def leave_processes(code: int) -> None:
+    """When a command is done, leave its process group, if it made one. One of several processes ends here, with this exit code.
 
-    A process that exits with its group alive is aborted now and then by the group's own threads, after all work is done: its
-    launcher would then report a failure.
+    While an interpreter is taken apart, threads of the group and of data parallelism now and then abort the process, after all its work
+    is done: its launcher then stops the others, which may still be writing, and reports a failure. So nothing is taken apart: handlers of
+    the exit run, output is written out, and the process ends.
     """
     dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_available() and dist.is_initialized():
+    if dist is None or not dist.is_available() or not dist.is_initialized():
+        return
+    if dist.get_world_size() == 1:
         dist.destroy_process_group()
+        return
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

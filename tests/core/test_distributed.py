@@ -72,7 +72,7 @@ batch = PreferenceBatch(latents, Conditioning(latents), torch.ones(2, 2), ("a", 
 DdimInversion(equal_forwards=True).invert(network, process, latents, [30, 180 + 500 * rank], batch.cond, batch.random(0))
 found["forwards"] = forwards
 print(json.dumps(found))
-leave_processes()
+leave_processes(0)
 """
 
 

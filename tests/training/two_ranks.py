@@ -85,7 +85,7 @@ def main() -> None:
             else:
                 end = config(given, output_dir=str(place), max_train_steps=steps, resume_from_checkpoint=resume)
                 align(end, DiffusionDPO(beta=100.0))
-    leave_processes()
+    leave_processes(0)
 
 
 if __name__ == "__main__":
