@@ -30,8 +30,13 @@ def small_matrices_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"recipe": "inpo", "lora_targets": "all"}, {"validation_steps": 1, "held_out_pairs": 2}],
-    ids=["dpo", "inpo", "validated"],
+    [
+        {},
+        {"recipe": "inpo", "lora_targets": "all"},
+        {"validation_steps": 1, "held_out_pairs": 2},
+        {"train_text_encoder": True, "use_ema": True, "gradient_checkpointing": True},
+    ],
+    ids=["dpo", "inpo", "validated", "text encoder"],
 )
 def test_a_packed_run_is_the_run_and_resumes(
     settings: dict[str, Any],
