@@ -128,10 +128,9 @@ def seconds(method: str, network: str, card: Card, setup: Setup, measured: dict[
         per_pair += 2 * net.vae_encode
     compute = setup.pairs * per_pair / (card.tflops * card.compute_share)
     scale = (net.latent_side / 128) ** 2
-    reading = measured["read_cached_pair"] if setup.cached else measured["decode_pair"]
-    input_ = setup.pairs * scale * (reading + measured["draw_noise"]) / (1 if setup.cached else setup.workers)  # a cache is read by the run
-    if not work.is_stored:
-        input_ = setup.pairs * scale * measured["draw_noise"]
+    reading = (measured["read_cached_pair"] if setup.cached else measured["decode_pair"]) if work.is_stored else 0.0
+    readers = setup.workers if work.is_stored and not setup.cached else 1  # a cache is read by the run itself
+    input_ = setup.pairs * scale * (reading + measured["draw_noise"]) / readers
     found = {"compute": compute, "input": input_, "messages": messages(net, card, setup, work)}
     longest = max(found.values())
     return found | {"step": longest, "pairs_per_second": setup.gpus * setup.pairs / longest}
@@ -171,9 +170,7 @@ def this_machine(measured: dict[str, float]) -> Card:
 def table(measured: dict[str, float]) -> str:
     """Markdown: predicted pairs per second of SDXL on 1, 8 and 64 H100, 64 pairs per GPU and step in micro-batches of 4."""
     lines = ["| method | tuning | 1 GPU | 8 GPUs | 64 GPUs | 64 GPUs, split weights |", "|---|---|---|---|---|---|"]
-    for method in METHODS:
-        if method == "spo":  # which is SD1.5's
-            continue
+    for method in (name for name in METHODS if name != "spo"):  # which is SD1.5's
         for tune in ("lora", "full"):
             shards = [(1, "no"), (8, "no"), (64, "no"), (64, "weights")]
             found = [seconds(method, "sdxl", CARDS["h100"], Setup(gpus=n, tune=tune, shard=s), measured) for n, s in shards]

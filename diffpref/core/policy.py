@@ -171,9 +171,6 @@ def predicted(step: PathStep, cond: Conditioning, predict: Predict, null: Condit
     assert len(step.shared_input) in (0, groups), "shared_input is said of every group, or of none"
     if not any(step.shared_input):
         return ask(step.x_t, step.timesteps, cond)
-    if all(step.shared_input):
-        once = ask(step.x_t[:, :1], step.timesteps[:, :1], cond.map(lambda x: x[:, :1]))
-        return once.expand(-1, images, *once.shape[2:])
     sources = [group * images + (0 if shared else k) for group, shared in enumerate(step.shared_input) for k in range(images)]
     asked = list(dict.fromkeys(sources))  # images that are not the same as an earlier one of their group
     rows, places = (moved(torch.tensor(x), step.x_t.device) for x in (asked, [asked.index(i) for i in sources]))

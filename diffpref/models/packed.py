@@ -102,21 +102,18 @@ class _Product(torch.autograd.Function):
         return ctx.layer.product(grad, True), None
 
 
-def pack(network: nn.Module, images: int) -> int:
-    """Let the frozen layers of a network in float32 on a CPU keep layouts of their weights; how many layers do.
+def pack(network: nn.Module, images: int) -> None:
+    """Let the frozen layers of a network in float32 on a CPU keep layouts of their weights.
 
     images: pictures of a forward pass, for which matrices are laid out. Names, weights and files stay as they are. The weights must not
     change from the first call on. Raises ValueError where torch was built without the kernels.
     """
     if not (torch.backends.mkldnn.is_available() and hasattr(ops.mkldnn_prepacked, "conv2d_prepack") and torch.backends.mkl.is_available()):
         raise ValueError("pack_weights is true, but this build of torch has no oneDNN or MKL kernels; leave it out")
-    count = 0
     for layer in network.modules():
         kind = _packed_kind(layer)
         if kind is not None:
             layer.__class__, layer.layouts, layer.images = kind, Layouts(), images  # type: ignore[assignment]
-            count += 1
-    return count
 
 
 def packable_bytes(network: nn.Module) -> int:

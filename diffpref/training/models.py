@@ -52,7 +52,8 @@ def load_models(
         backbone = without_encoders(config, backbone, null, device)
     check_finite(backbone, str(config.pretrained_model_name_or_path))
     dtype = DTYPES.get(precision, torch.float32)
-    note = use_attention(backbone.denoiser, config.attention, sizes, 2 * config.train_batch_size, dtype, is_training=True)
+    images = objective.groups_at_once(config.train_batch_size) * (objective.images_per_group or 2)
+    note = use_attention(backbone.denoiser, config.attention, sizes, images, dtype, is_training=True)
     if note is not None and PartialState().is_main_process:
         print(note, file=sys.stderr)
     if config.channels_last:
@@ -67,7 +68,7 @@ def load_models(
         if device.type != "cpu" or precision != "no":
             where = f"{device.type} with mixed_precision {precision}"
             raise ValueError(f"pack_weights is true on {where}; it is for a CPU with mixed_precision no: leave it out")
-        pack(backbone.denoiser, objective.groups_at_once(config.train_batch_size) * (objective.images_per_group or 2))
+        pack(backbone.denoiser, images)
     set_recompute(backbone.denoiser, config.gradient_checkpointing)
     module.eval()  # dropout would make policy and reference differ; even of probability 0 it changes memory layouts, and so rounding
     if config.compile:
