@@ -135,10 +135,9 @@ class RunLog:
             self.file = None
 
     def finish(self, step: int) -> None:
-        """End the trackers' runs, and the process group."""
+        """End the trackers' runs. Not by accelerate's end_training, which also ends the process group: see launcher.leave_processes."""
         self.track(step, lambda tracker: tracker.finish())
         self.accelerator.trackers = []
-        self.accelerator.end_training()
 
     def close(self) -> None:
         """Flush everything."""
